@@ -1,0 +1,17 @@
+"""The sparsely-gated mixture-of-experts layer of Shazeer et al. (2017) for Keras 3."""
+
+from keras_moe import losses
+from keras_moe.experts import FeedForwardExperts
+from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
+from keras_moe.sparse_moe import SparseMoE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FeedForwardExperts",
+    "NoisyTopKGating",
+    "Routing",
+    "SoftmaxGating",
+    "SparseMoE",
+    "losses",
+]

@@ -1,0 +1,259 @@
+"""The sparsely-gated mixture-of-experts layer."""
+
+import keras
+from keras import ops
+
+from keras_moe import dispatch, losses
+from keras_moe.experts import FeedForwardExperts
+from keras_moe.routing import NoisyTopKGating, SoftmaxGating
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class SparseMoE(keras.layers.Layer):
+    """Sparsely-gated mixture of experts (Shazeer et al., 2017, equation 1).
+
+    y = Σ_i G(x)_i · E_i(x), at every position of the input: a gating network G picks K of the N
+    experts E for each example, and only those are computed. Two losses keep the experts equally
+    used: `importance_loss_weight`·CV(Importance)² (equation 7) and
+    `load_loss_weight`·CV(Load)² (equation 11).
+
+    Example:
+    ```python
+    model = keras.Sequential([
+        keras.layers.Embedding(10_000, 128),
+        keras_moe.SparseMoE(num_experts=64, hidden_units=256, k=4),
+        keras.layers.GlobalAveragePooling1D(),
+        keras.layers.Dense(2, activation="softmax"),
+    ])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    ```
+
+    The logs of `fit` and `evaluate` show the balance of the experts, averaged over the batches:
+    `<layer>/cv_importance`, `<layer>/cv_load` and `<layer>/max_over_mean_load`, the columns of
+    Table 6 in the paper.
+
+    Args:
+        num_experts: N, the number of experts.
+        hidden_units: Hidden units of each expert: an integer, or a sequence of integers for
+            several hidden layers. Not with `experts`.
+        k: K, the number of experts per example, from 1 to N. Without effect on `"softmax"` and on
+            a gating layer of your own.
+        activation: Activation of the experts' hidden layers.
+        output_dim: Width of the output. Defaults to the width of the input.
+        use_bias: Whether the experts' layers add biases.
+        gating: `"noisy_top_k"` (`NoisyTopKGating`), `"softmax"` (`SoftmaxGating`: every expert
+            computes every example), or a gating layer: called with x [T, D], `training` and
+            `mask` [T], it returns a `Routing`.
+        experts: A bank of experts to use in place of `FeedForwardExperts`: a layer with an
+            attribute `num_experts`, called with `rows` [M, D], sorted by expert, and
+            `rows_per_expert` [N], that returns [M, output_dim].
+        importance_loss_weight: w_importance.
+        load_loss_weight: w_load.
+        kernel_initializer: Initializer of each expert's kernels.
+        bias_initializer: Initializer of each expert's biases.
+        kernel_regularizer: Regularizer of the experts' kernels.
+        bias_regularizer: Regularizer of the experts' biases.
+        seed: Integer, seed of the gating's noise.
+        **kwargs: Keyword arguments of `keras.layers.Layer`.
+
+    Attributes:
+        gating: The gating layer; `gating.gate_kernel` and `gating.noise_kernel` [D, N].
+        experts: The bank of experts; `experts.kernels` is a list of [N, D, F], …, [N, F, D_out].
+
+    Call arguments:
+        x: Float tensor of rank 2 to 4, [..., D]: every position is an example. The width D has to
+            be known, all else may be unknown.
+        training: Whether to add noise to the gating.
+        mask: Boolean tensor [...] or `None`. A position with `False` reaches no expert, takes no
+            part in the balance, and gives zeros.
+
+    Returns:
+        Tensor [..., output_dim] in the compute dtype. `losses` then holds the weighted importance
+        loss and load loss, in that order.
+
+    Raises:
+        ValueError: If a size is below 1, K is not between 1 and N, a loss weight is negative, the
+            gating or the bank has another number of experts, or `experts` and `hidden_units` are
+            both given or both missing.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        hidden_units=None,
+        k=4,
+        *,
+        activation="relu",
+        output_dim=None,
+        use_bias=False,
+        gating="noisy_top_k",
+        experts=None,
+        importance_loss_weight=0.1,
+        load_loss_weight=0.1,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if (hidden_units is None) == (experts is None):
+            raise ValueError(
+                "Give either `hidden_units`, for feed-forward experts, or `experts`, a bank of "
+                f"your own. Received: hidden_units={hidden_units}, experts={experts}"
+            )
+        if min(importance_loss_weight, load_loss_weight) < 0:
+            raise ValueError(
+                "The weights of the balance losses must not be negative. Received: "
+                f"importance_loss_weight={importance_loss_weight}, "
+                f"load_loss_weight={load_loss_weight}"
+            )
+        self.num_experts = num_experts
+        self.k = k
+        self.importance_loss_weight = importance_loss_weight
+        self.load_loss_weight = load_loss_weight
+        self.seed = seed
+        self.supports_masking = True
+        self.supports_jit = False  # The number of rows of an expert depends on the data.
+
+        self._gating_name = gating if isinstance(gating, str) else None
+        self.gating = self._make_gating(gating)
+        self._feed_forward = experts is None
+        if experts is None:
+            experts = FeedForwardExperts(
+                num_experts,
+                hidden_units,
+                output_dim=output_dim,
+                activation=activation,
+                use_bias=use_bias,
+                kernel_initializer=kernel_initializer,
+                bias_initializer=bias_initializer,
+                kernel_regularizer=kernel_regularizer,
+                bias_regularizer=bias_regularizer,
+                dtype=self.dtype_policy,
+                name="experts",
+            )
+        self.experts = experts
+        for part in (self.gating, self.experts):
+            if getattr(part, "num_experts", num_experts) != num_experts:
+                raise ValueError(
+                    f"The layer has {num_experts} experts, but its part {part.name!r} is made for "
+                    f"{part.num_experts}. Give both the same `num_experts`."
+                )
+
+        self._balance = {
+            name: keras.metrics.Mean(name=f"{self.name}/{name}")
+            for name in ("cv_importance", "cv_load", "max_over_mean_load")
+        }
+
+    def _make_gating(self, gating):
+        if gating == "noisy_top_k":
+            return NoisyTopKGating(self.num_experts, self.k, seed=self.seed, name="gating")
+        if gating == "softmax":
+            return SoftmaxGating(self.num_experts, name="gating")
+        if isinstance(gating, keras.layers.Layer):
+            return gating
+        raise ValueError(
+            f'`gating` must be "noisy_top_k", "softmax" or a gating layer. Received: {gating!r}'
+        )
+
+    def build(self, input_shape):
+        width = input_shape[-1]
+        if not 2 <= len(input_shape) <= 4 or width is None:
+            raise ValueError(
+                "SparseMoE takes inputs of rank 2 to 4 whose last dimension is known. "
+                f"Received: input_shape={tuple(input_shape)}"
+            )
+        self.input_spec = keras.InputSpec(ndim=len(input_shape), axes={-1: width})
+        for part in (self.gating, self.experts):
+            if not part.built:  # As it is when it was deserialized.
+                part.build((None, width))
+
+    def call(self, x, training=None, mask=None):
+        examples, mask = self._flatten(x, mask)
+        routing = self.gating(examples, training=training, mask=mask)
+        plan = dispatch.plan(routing, self.num_experts)
+        rows = self.experts(dispatch.dispatch(examples, plan), plan.rows_per_expert)
+        y = dispatch.combine(rows, routing.gates, plan)
+        self._add_balance(routing, training)
+        return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
+
+    def route(self, x, training=False, mask=None):
+        """Returns the `Routing` of an input, the positions flattened to T examples.
+
+        Args:
+            x: Float tensor [..., D], as for a call.
+            training: Whether to add noise.
+            mask: Boolean tensor [...] or `None`.
+        """
+        x = ops.convert_to_tensor(x, self.compute_dtype)
+        if not self.built:
+            self.build(x.shape)
+        examples, mask = self._flatten(x, mask)
+        return self.gating(examples, training=training, mask=mask)
+
+    def _flatten(self, x, mask):
+        """[..., D] and [...] to [T, D] and [T]."""
+        x_flat = ops.reshape(x, (-1, x.shape[-1]))
+        if mask is None:
+            return x_flat, None
+        if len(mask.shape) != len(x.shape) - 1:
+            raise ValueError(
+                "The mask must have one entry for each position of the input: its shape without "
+                f"the last dimension. Received: x of shape {x.shape}, mask of shape {mask.shape}"
+            )
+        mask = ops.reshape(mask, (-1,))
+        # A zero in place of a NaN: 0·NaN would carry it into the gradients.
+        return ops.where(mask[:, None], x_flat, ops.zeros_like(x_flat)), mask
+
+    def _add_balance(self, routing, training):
+        cv2_importance = losses.cv_squared(routing.importance)
+        cv2_load = losses.cv_squared(routing.load)
+        self.add_loss(self.importance_loss_weight * cv2_importance)
+        self.add_loss(self.load_loss_weight * cv2_load)
+        if training is None:
+            return  # Neither `fit` nor `evaluate`: an exported model must not write metrics.
+        self._balance["cv_importance"].update_state(ops.sqrt(cv2_importance))
+        self._balance["cv_load"].update_state(ops.sqrt(cv2_load))
+        self._balance["max_over_mean_load"].update_state(losses.max_over_mean(routing.load))
+
+    def compute_output_shape(self, input_shape):
+        width = self.experts.compute_output_shape((None, input_shape[-1]))[-1]
+        return (*input_shape[:-1], width)
+
+    def get_config(self):
+        config = {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "k": self.k,
+            "gating": self._gating_name or keras.saving.serialize_keras_object(self.gating),
+            "importance_loss_weight": self.importance_loss_weight,
+            "load_loss_weight": self.load_loss_weight,
+            "seed": self.seed,
+        }
+        if not self._feed_forward:
+            return {**config, "experts": keras.saving.serialize_keras_object(self.experts)}
+        bank = self.experts.get_config()
+        return {**config, **{name: bank[name] for name in _FEED_FORWARD_ARGUMENTS}}
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        for part in ("gating", "experts"):
+            if isinstance(config.get(part), dict):
+                config[part] = keras.saving.deserialize_keras_object(config[part])
+        return cls(**config)
+
+
+# What `SparseMoE` hands on to its default bank.
+_FEED_FORWARD_ARGUMENTS = (
+    "hidden_units",
+    "output_dim",
+    "activation",
+    "use_bias",
+    "kernel_initializer",
+    "bias_initializer",
+    "kernel_regularizer",
+    "bias_regularizer",
+)
