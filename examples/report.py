@@ -1,0 +1,108 @@
+"""What the language-model example shows: the table, the experts' contexts, the pictures."""
+
+import matplotlib
+import numpy as np
+import text
+
+matplotlib.use("Agg")  # Pictures go to files; no screen is needed.
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def print_table(results):
+    """Prints a row per model from {model: {column: number}}; columns a model lacks stay empty."""
+    columns = list(dict.fromkeys(column for row in results.values() for column in row))
+    width = max(len(name) for name in results)
+    print(" " * width, *columns, sep="  ")
+    for name, row in results.items():
+        cells = [_format(row.get(column)).rjust(len(column)) for column in columns]
+        print(name.ljust(width), *cells, sep="  ")
+
+
+def _format(number):
+    if number is None:
+        return "–"
+    return f"{number:,}" if isinstance(number, int) else f"{number:.2f}"
+
+
+class ExpertContexts:
+    """Where in a text the experts of a `WordModel` are used.
+
+    Args:
+        model: A `WordModel` whose middle is a `SparseMoE`.
+        sentences: int32 `tf.RaggedTensor` [sentences, (words)] of ids.
+        lookup: The `keras.layers.StringLookup` of the ids.
+
+    Attributes:
+        load: [N], the number of words that each expert computed.
+    """
+
+    def __init__(self, model, sentences, lookup):
+        moe = model.middle
+        self.vocabulary = lookup.get_vocabulary()
+        self.load = np.zeros(moe.num_experts)
+        self.lines, self.line, self.position, self.expert, self.gate = [], [], [], [], []
+        for tokens, _ in text.batches(sentences, words_per_batch=8192):
+            routing = moe.route(model.encode(tokens), mask=tokens != text.PADDING_ID)
+            self.load += routing.load.numpy()
+            expert, gate = np.array(routing.expert_index), np.array(routing.gates)
+            example, choice = np.nonzero(gate)
+            line, position = np.divmod(example, tokens.shape[1])
+            self.line.append(line + len(self.lines))
+            self.position.append(position)
+            self.expert.append(expert[example, choice])
+            self.gate.append(gate[example, choice])
+            self.lines.extend(tokens.numpy())
+
+    def print_best(self, experts, contexts):
+        """Prints the contexts with the largest gates of the experts that are surest of theirs."""
+        line, position, expert, gate = (
+            np.concatenate(parts) for parts in (self.line, self.position, self.expert, self.gate)
+        )
+        best = {}
+        for i in range(len(self.load)):
+            mine = np.flatnonzero(expert == i)
+            best[i] = mine[np.argsort(-gate[mine], kind="stable")][:contexts]
+        surest = sorted(best, key=lambda i: -gate[best[i]].sum())[:experts]
+        for i in surest:
+            print(f"expert {i}, {self.load[i]:,.0f} words")
+            for row in best[i]:
+                print(f"  {gate[row]:.2f}  {self._context(line[row], position[row])}")
+
+    def _context(self, line, position, before=6, after=2):
+        words = [self.vocabulary[token] for token in self.lines[line] if token]
+        start = max(position - before, 1)  # Position 0 is the end of the sentence before.
+        return " ".join(
+            [*words[start:position], f"[{words[position]}]", *words[position + 1 :][:after]]
+        )
+
+
+def plot_perplexity(histories, results, path):
+    """Draws validation perplexity over training steps, one curve per model."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, history in histories.items():
+        label = f"{name}, {results[name]['parameters'] / 1e6:.1f}M parameters"
+        axes.plot(history.steps, history.history["val_perplexity"], marker="o", label=label)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.set(xlabel="training step", ylabel="validation perplexity")
+    axes.set_title("Equal operations per word, equal batches")
+    axes.legend()
+    return _save(figure, path)
+
+
+def plot_load(load, path):
+    """Draws the words per expert, sorted, beside the even share."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.bar(np.arange(len(load)), np.sort(load)[::-1])
+    axes.axhline(load.mean(), color="black", linestyle="--", label="even share")
+    axes.set(xlabel="experts, by load", ylabel="words of the test text")
+    axes.set_title(f"Load: max/mean {load.max() / load.mean():.2f}")
+    axes.legend()
+    return _save(figure, path)
+
+
+def _save(figure, path):
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,115 @@
+"""The paper's language model: embedding → LSTM → middle → LSTM → softmax (appendix C)."""
+
+import keras
+import tensorflow as tf
+from keras import ops
+from text import PADDING_ID
+
+
+class WordModel(keras.Model):
+    """Predicts each next word from the words before it.
+
+    Training computes the softmax over a sample of the vocabulary, evaluation over all of it.
+
+    Args:
+        vocabulary_size: V. Ids are sorted by decreasing frequency; 0 is padding.
+        width: D, the units of every layer.
+        middle: The `SparseMoE` between the LSTMs.
+        dropout: Part of every layer's output to drop in training.
+        num_sampled: Words to draw for the softmax in training.
+    """
+
+    def __init__(self, vocabulary_size, width, middle, dropout=0.1, num_sampled=1024):
+        super().__init__()
+        self.width = width
+        self.embedding = keras.layers.Embedding(vocabulary_size, width)
+        self.lstm_in = keras.layers.LSTM(width, return_sequences=True)
+        self.middle = middle
+        self.lstm_out = keras.layers.LSTM(width, return_sequences=True)
+        self.softmax = SampledSoftmax(vocabulary_size, num_sampled)
+        self.dropout = keras.layers.Dropout(dropout)
+        self.perplexity = Perplexity(name="perplexity")
+
+    def build(self, tokens_shape):
+        """Builds all layers: training alone would leave the softmax out."""
+        self.embedding.build(tokens_shape)
+        for layer in (self.lstm_in, self.middle, self.lstm_out, self.softmax):
+            layer.build((*tokens_shape, self.width))
+
+    def encode(self, tokens, training=None):
+        """What the middle layer sees: tokens [B, L] to [B, L, D]."""
+        x = self.dropout(self.embedding(tokens), training=training)
+        return x + self.dropout(self.lstm_in(x), training=training)
+
+    def call(self, tokens, training=None):
+        """Hidden states [B, L, D] in training, otherwise log-probabilities [B, L, V]."""
+        x = self.encode(tokens, training)
+        y = self.middle(x, training=training, mask=tokens != PADDING_ID)
+        x += self.dropout(ops.sigmoid(y), training=training)
+        x += self.dropout(self.lstm_out(x), training=training)
+        return x if training else self.softmax(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Mean cross-entropy per word, padding left out, plus the losses of the layers."""
+        words = y != PADDING_ID
+        if training:
+            losses = self.softmax.sampled_loss(y_pred[words], y[words])
+        else:
+            losses = -tf.gather(y_pred, y, batch_dims=2)[words]
+        self.perplexity.update_state(losses)
+        return tf.reduce_mean(losses) + sum(self.losses)
+
+
+class SampledSoftmax(keras.layers.Dense):
+    """A softmax trained by importance sampling with a log-uniform sampler.
+
+    Args:
+        vocabulary_size: V; ids are sorted by decreasing frequency, as the sampler supposes.
+        num_sampled: Words drawn per batch.
+    """
+
+    def __init__(self, vocabulary_size, num_sampled):
+        super().__init__(vocabulary_size, activation="log_softmax")
+        self.num_sampled = min(num_sampled, vocabulary_size)
+
+    def sampled_loss(self, hidden, targets):
+        """Estimates the cross-entropy: hidden [T, D] and targets [T] to [T]."""
+        return tf.nn.sampled_softmax_loss(
+            weights=tf.transpose(self.kernel),
+            biases=tf.convert_to_tensor(self.bias),
+            labels=targets[:, None],
+            inputs=hidden,
+            num_sampled=self.num_sampled,
+            num_classes=self.units,
+        )
+
+
+class Perplexity(keras.metrics.Mean):
+    """The exponential of the mean cross-entropy of all words seen."""
+
+    def result(self):
+        """Returns the perplexity so far."""
+        return ops.exp(super().result())
+
+
+def footprint(model):
+    """Operations per word and parameters of a `WordModel` as Table 7 counts them.
+
+    Operations are the multiply-adds of the matrices that a word meets, the gating's included;
+    embedding and softmax are left out of both.
+
+    Returns:
+        A pair of integers (ops/timestep, parameters).
+    """
+    operations = parameters = 0
+    moe = model.middle
+    expert_kernels = {id(kernel) for kernel in moe.experts.kernels}
+    for layer in (model.lstm_in, moe, model.lstm_out):
+        for weight in layer.trainable_weights:
+            size = int(ops.size(weight))
+            parameters += size
+            if id(weight) in expert_kernels:
+                operations += size * moe.k // moe.num_experts
+            elif len(weight.shape) > 1:  # A bias multiplies nothing.
+                operations += size
+    return operations, parameters

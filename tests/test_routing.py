@@ -1,0 +1,115 @@
+"""The gating layers by themselves; their numbers are tested through SparseMoE."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_moe import NoisyTopKGating, SoftmaxGating
+
+
+@pytest.mark.parametrize("gating", [NoisyTopKGating(5, k=2), SoftmaxGating(5)])
+def test_routing_has_the_documented_shapes_and_types(gating):
+    k = getattr(gating, "k", 5)
+    routing = gating(np.ones((3, 4)), training=True)
+    assert (routing.expert_index.shape, routing.expert_index.dtype) == ((3, k), tf.int32)
+    assert (routing.gates.shape, routing.gates.dtype) == ((3, k), tf.float32)
+    assert (routing.importance.shape, routing.importance.dtype) == ((5,), tf.float32)
+    assert (routing.load.shape, routing.load.dtype) == ((5,), tf.float32)
+
+
+def test_kernels_begin_at_zero():
+    gating = NoisyTopKGating(5, k=2)
+    gating.build((None, 4))
+    for kernel in (gating.gate_kernel, gating.noise_kernel):
+        assert kernel.shape == (4, 5)
+        assert not np.any(kernel)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_gating_is_float32_under_every_policy(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        gating = NoisyTopKGating(5, k=2)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert gating(tf.ones((3, 4), gating.compute_dtype)).gates.dtype == tf.float32
+
+
+def test_k_of_1_uses_the_probability_among_all_experts():
+    gating = NoisyTopKGating(3, k=1)
+    gating.build((None, 1))
+    gating.gate_kernel.assign(np.log([[1.0, 5.0, 4.0]]))
+    with tf.GradientTape() as tape:
+        gates = gating(np.ones((1, 1))).gates
+    np.testing.assert_allclose(gates, [[0.5]], rtol=1e-6)  # 5 / (1 + 5 + 4)
+    # The gradient of softmax's p_1 by its logits: p_1·(1 - p_1) for itself, -p_1·p_j for others.
+    np.testing.assert_allclose(
+        tape.gradient(gates, gating.gate_kernel.value), [[-0.05, 0.25, -0.2]], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_no_noise_or_no_choice_means_hard_load(k):
+    gating = NoisyTopKGating(5, k=k, noise=k == 5)
+    x = np.random.default_rng(0).normal(size=(20, 4))
+    gating.build(x.shape)
+    gating.gate_kernel.assign(np.random.default_rng(1).normal(size=(4, 5)))
+    routing = gating(x, training=True)
+    counts = np.bincount(np.ravel(routing.expert_index), minlength=5)
+    np.testing.assert_array_equal(routing.load, counts)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_masked_examples_have_no_part(training):
+    x = np.random.default_rng(0).normal(size=(6, 4))
+    mask = np.array([1, 0, 1, 1, 0, 1], bool)
+    whole, part = (
+        gating(x, training=training, mask=mask)
+        for gating, x, mask in (
+            (NoisyTopKGating(5, k=2, noise=False), x, mask),
+            (NoisyTopKGating(5, k=2, noise=False), x[mask], None),
+        )
+    )
+    np.testing.assert_array_equal(whole.gates[~mask], np.zeros((2, 2)))
+    np.testing.assert_allclose(whole.gates[mask], part.gates)
+    np.testing.assert_allclose(whole.importance, part.importance)
+    np.testing.assert_allclose(whole.load, part.load)
+
+
+def test_a_vanishing_noise_kernel_and_huge_margins_stay_finite():
+    gating = NoisyTopKGating(4, k=2)
+    gating.build((None, 2))
+    gating.gate_kernel.assign(np.full((2, 4), 1e4) * [1, -1, 2, -2])
+    gating.noise_kernel.assign(np.full((2, 4), -50.0))
+    with tf.GradientTape() as tape:
+        routing = gating(np.ones((8, 2)), training=True)
+        total = tf.reduce_sum(routing.load**2) + tf.reduce_sum(routing.importance**2)
+    # Margins of 10⁴ over a deviation of 0.01: certainly experts 2 and 0.
+    np.testing.assert_allclose(routing.load, [8, 0, 8, 0], atol=1e-6)
+    for gradient in tape.gradient(total, [w.value for w in gating.trainable_weights]):
+        assert np.isfinite(gradient).all()
+
+
+def test_all_logits_nan_gives_indices_in_range():
+    routing = NoisyTopKGating(40, k=40)(np.full((3, 2), np.nan))
+    assert np.array_equal(np.sort(routing.expert_index), np.tile(np.arange(40), (3, 1)))
+
+
+def test_config_round_trip():
+    gating = NoisyTopKGating(6, k=3, noise=False, noise_epsilon=0.1, seed=4, name="g")
+    assert NoisyTopKGating.from_config(gating.get_config()).get_config() == gating.get_config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_experts": 3, "k": 4}, "k=4, num_experts=3"),
+        ({"num_experts": 3, "k": 0}, "k=0, num_experts=3"),
+        ({"num_experts": 0}, "at least 1. Received: 0"),
+        ({"num_experts": 8, "noise_epsilon": 0.0}, "above 0. Received: 0.0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NoisyTopKGating(**arguments)
