@@ -28,7 +28,7 @@ lint: $(STAMP)  ## check style and format
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 
-clean:  ## remove .venv, builds and caches; exported models stay
+clean:  ## remove .venv, builds and caches; results and exported models stay
 	rm -rf .venv build dist keras_moe.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -41,6 +41,6 @@ $(STAMP): setup.cfg pyproject.toml
 	    "or name another interpreter: make PYTHON=python3.12"; exit 1; }
 	@[ "$$(cat $@ 2>/dev/null)" = "$$MADE_FOR" ] || $(PYTHON) -m venv --clear .venv
 	@rm -f $@
-	@echo "Installing keras_moe and its dependencies in .venv: one or two minutes, about 2.5 GB."
+	@echo "Installing keras_moe and its dependencies in .venv: a few minutes, about 3 GB."
 	$(VENV_PYTHON) -m pip install -e '.[dev]'
 	@printf '%s\n' "$$MADE_FOR" > $@

@@ -1,8 +1,8 @@
 """Trains the paper's language model in small, beside a dense twin of equal operations per word.
 
-    python examples/language_model.py                         # State of the Union, about 8 minutes
+    python examples/language_model.py                         # State of the Union addresses
     python examples/language_model.py --text my_book.txt      # any UTF-8 text
-    python examples/language_model.py --dataset lm1b --num-experts 256 --width 512
+    python examples/language_model.py --dataset lm1b --width 512 --num-experts 256
 
 Both models are embedding → LSTM → middle → LSTM → softmax, with a residual connection around each
 layer and dropout on its output (appendix C). The middle of one is a mixture of experts, of which
@@ -25,7 +25,7 @@ import serving
 import tensorflow as tf
 import text
 from state_of_the_union import StateOfTheUnion
-from word_model import WordModel, footprint
+from word_model import SideBySide, WordModel, footprint
 
 import keras_moe
 
@@ -38,46 +38,28 @@ def parse_arguments(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", help="a UTF-8 file to learn, lines of sentences")
-    source.add_argument(
-        "--dataset",
-        metavar="NAME",
-        default=StateOfTheUnion.name,
-        help="a dataset of tensorflow-datasets (%(default)s)",
-    )
-    options = {
-        "vocabulary_size": (6000, "words that the models know"),
-        "width": (64, "units of the embedding and of every layer"),
-        "num_experts": (64, "experts of the mixture"),
-        "hidden_units": (128, "hidden units of an expert"),
-        "k": (4, "experts per word"),
-        "dropout": (0.1, "part of every layer's output to drop"),
-        "words_per_batch": (4096, "positions per batch"),
-        "epochs": (3, "passes over the training text"),
-        "learning_rate": (0.008, "highest learning rate of Adam"),
-        "num_sampled": (1024, "words that the training's sampled softmax draws"),
-        "evaluations": (6, "points on the curves"),
-        "seed": (0, "seed of the weights, the noise and the order of the batches"),
-    }
-    for name, (default, text_) in options.items():
+    source.add_argument("--text", metavar="FILE", help="UTF-8 file, a sentence or more on a line")
+    source.add_argument("--dataset", default=StateOfTheUnion.name, help="of tensorflow-datasets")
+    for name, default, meaning in (
+        ("vocabulary-size", 6000, "words that the models know"),
+        ("width", 64, "units of the embedding and of every layer"),
+        ("num-experts", 64, "experts of the mixture"),
+        ("hidden-units", 64, "hidden units of an expert"),
+        ("k", 2, "experts per word"),
+        ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
+        ("dropout", 0.1, "part of every layer's output to drop"),
+        ("words-per-batch", 4096, "positions per batch"),
+        ("epochs", 3, "passes over the training text"),
+        ("learning-rate", 0.008, "highest learning rate of Adam"),
+        ("num-sampled", 512, "words that the training's softmax draws per batch"),
+        ("evaluations", 6, "points on the curves"),
+        ("seed", 0, "seed of the weights, the noise and the batches"),
+        ("output", ROOT / "results" / "language_model", "folder for the pictures"),
+        ("export", ROOT / "saved_models" / "language_model" / "1", "folder for the export"),
+    ):
         parser.add_argument(
-            "--" + name.replace("_", "-"),
-            type=type(default),
-            default=default,
-            help=f"{text_} ({default})",
+            f"--{name}", type=type(default), default=default, help=f"{meaning} (%(default)s)"
         )
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=ROOT / "results" / "language_model",
-        help="folder for the pictures (results/language_model)",
-    )
-    parser.add_argument(
-        "--export",
-        type=pathlib.Path,
-        default=ROOT / "saved_models" / "language_model" / "1",
-        help="folder for the exported model (saved_models/language_model/1)",
-    )
     return parser.parse_args(arguments)
 
 
@@ -94,62 +76,70 @@ def main(args):
         print(f"{part:>10}: {sentences.nrows():9,} sentences, {len(ids):11,} words,", end=" ")
         print(f"{unknown:.1%} unknown")
 
-    sizes = {
-        "mixture": {
-            "num_experts": args.num_experts,
-            "hidden_units": args.hidden_units,
-            "k": args.k,
-        },
-        "dense": {"num_experts": 1, "hidden_units": args.k * args.hidden_units, "k": 1},
+    heading("Training side by side, on the same batches")
+    keras.utils.set_random_seed(args.seed)
+    wide = args.k * args.hidden_units
+    middles = {
+        "mixture": keras_moe.SparseMoE(
+            args.num_experts,
+            args.hidden_units,
+            args.k,
+            importance_loss_weight=args.balance_loss_weight,
+            load_loss_weight=args.balance_loss_weight,
+            seed=args.seed,
+            name="mixture",
+        ),
+        "dense": keras.Sequential(
+            [
+                keras.Input((None, args.width)),
+                keras.layers.Dense(wide, "relu", use_bias=False),
+                keras.layers.Dense(args.width, use_bias=False),
+            ]
+        ),
     }
-    models, histories, results = {}, {}, {}
-    for name, size in sizes.items():
-        heading(f"Training the {name} model: {size}")
-        keras.utils.set_random_seed(args.seed)
-        middle = keras_moe.SparseMoE(**size, seed=args.seed, name="moe")
-        model = WordModel(args.vocabulary_size, args.width, middle, args.dropout, args.num_sampled)
-        histories[name] = train(model, words, args)
-        models[name] = model
-        results[name] = evaluate(model, words["test"], args)
-    mixture = models["mixture"]
+    middles["dense"].supports_masking = True  # Dense layers do; a Sequential has to be told.
+    print(f"   mixture: {args.num_experts} experts of {args.hidden_units} units, {args.k} per word")
+    print(f"     dense: {wide} units")
+    vocabulary_size = len(lookup.get_vocabulary())
+    models = {
+        name: WordModel(vocabulary_size, args.width, middle, args.dropout, args.num_sampled)
+        for name, middle in middles.items()
+    }
+    pair, mixture = SideBySide(models), models["mixture"]
+    history = train(pair, words, args)
 
-    heading(
-        "Held-out text: perplexity per word, end of sentence counted, over whole test documents"
-    )
+    heading("Whole held-out documents: perplexity per word, end of sentence counted")
+    results = evaluate(pair, words["test"], args)
     report.print_table(results)
     heading("What the experts do: the words of the test text with the largest gates (Table 9)")
     contexts = report.ExpertContexts(mixture, words["test"], lookup)
     contexts.print_best(experts=3, contexts=6)
     args.output.mkdir(parents=True, exist_ok=True)
-    for path in (
-        report.plot_perplexity(histories, results, args.output / "perplexity.png"),
-        report.plot_load(contexts.load, args.output / "expert_load.png"),
-    ):
-        print(f"wrote {path}")
+    print(f"wrote {report.plot_perplexity(history, results, args.output / 'perplexity.png')}")
+    print(f"wrote {report.plot_load(contexts.load, args.output / 'expert_load.png')}")
 
     heading("Exporting the mixture, and asking it from a process without Keras")
-    serving.export(mixture, lookup, args.export)
+    print(f"wrote {serving.export(mixture, lookup, args.export)}")
     prompts = text.decode(words["test"][:64:16, :6], lookup)
-    expected = args.output / "expected.npz"
     tokens = serving.tokens(lookup, tf.constant(prompts))
+    expected = args.output / "expected.npz"
     np.savez(expected, prompts=prompts, tokens=tokens, probabilities=np.exp(mixture(tokens)))
-    subprocess.run(
-        [sys.executable, ROOT / "examples" / "query.py", args.export, expected], check=True
-    )
+    query = [sys.executable, ROOT / "examples" / "query.py", args.export, expected]
+    subprocess.run(query, check=True)
     print(f"\nAll of it took {(time.time() - start) / 60:.1f} minutes.")
     return results
 
 
-def train(model, words, args):
+def train(pair, words, args):
     """Trains on batches that depend on the seed alone, and returns the history of `fit`."""
     batches = text.batches(words["train"], args.words_per_batch, seed=args.seed, epochs=args.epochs)
-    steps = int(batches.cardinality())
+    steps = len(batches)
     warm_up = min(200, steps // 10)
     learning_rate = keras.optimizers.schedules.CosineDecay(
         0.0, steps - warm_up, warmup_target=args.learning_rate, warmup_steps=warm_up
     )
-    model.compile(keras.optimizers.Adam(learning_rate, global_clipnorm=1.0))
-    history = model.fit(
+    pair.compile(keras.optimizers.Adam(learning_rate))
+    history = pair.fit(
         batches,
         epochs=args.evaluations,
         steps_per_epoch=steps // args.evaluations,
@@ -161,14 +151,22 @@ def train(model, words, args):
     return history
 
 
-def evaluate(model, sentences, args):
-    """Returns the row of the table that compares the models."""
-    logs = model.evaluate(
-        text.batches(sentences, args.words_per_batch), return_dict=True, verbose=0
-    )
-    operations, parameters = footprint(model)
-    row = {"perplexity": logs["perplexity"], "ops/timestep": operations, "parameters": parameters}
-    return {**row, **{key.removeprefix("moe/"): logs[key] for key in logs if "moe/" in key}}
+def evaluate(pair, sentences, args):
+    """Returns the rows of the table that compares the models."""
+    batches = text.batches(sentences, args.words_per_batch)
+    logs = pair.evaluate(batches, return_dict=True, verbose=0)
+    rows = {}
+    for name, model in pair.models.items():
+        operations, parameters = footprint(model)
+        rows[name] = {
+            "perplexity": logs[f"{name}/perplexity"],
+            "ops/timestep": operations,
+            "parameters": parameters,
+            "CV(importance)": logs.get(f"{name}/cv_importance"),
+            "CV(load)": logs.get(f"{name}/cv_load"),
+            "max/mean load": logs.get(f"{name}/max_over_mean_load"),
+        }
+    return rows
 
 
 def heading(title):

@@ -9,12 +9,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def print_table(results):
-    """Prints a row per model from {model: {column: number}}; columns a model lacks stay empty."""
-    columns = list(dict.fromkeys(column for row in results.values() for column in row))
+    """Prints a row per model from {model: {column: number or `None`}}."""
+    columns = list(next(iter(results.values())))
     width = max(len(name) for name in results)
     print(" " * width, *columns, sep="  ")
     for name, row in results.items():
-        cells = [_format(row.get(column)).rjust(len(column)) for column in columns]
+        cells = [_format(row[column]).rjust(len(column)) for column in columns]
         print(name.ljust(width), *cells, sep="  ")
 
 
@@ -76,12 +76,12 @@ class ExpertContexts:
         )
 
 
-def plot_perplexity(histories, results, path):
+def plot_perplexity(history, results, path):
     """Draws validation perplexity over training steps, one curve per model."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, history in histories.items():
-        label = f"{name}, {results[name]['parameters'] / 1e6:.1f}M parameters"
-        axes.plot(history.steps, history.history["val_perplexity"], marker="o", label=label)
+    for name, row in results.items():
+        label = f"{name}, {row['parameters'] / 1e6:.2f}M parameters"
+        axes.plot(history.steps, history.history[f"val_{name}/perplexity"], "o-", label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")

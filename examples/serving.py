@@ -35,6 +35,9 @@ def export(model, lookup, path):
         model: A built `WordModel`.
         lookup: A `keras.layers.StringLookup` from words to ids.
         path: Folder to write, which should be a version number. An older one is replaced.
+
+    Returns:
+        The path.
     """
     vocabulary = tf.constant(lookup.get_vocabulary())
 
@@ -59,4 +62,4 @@ def export(model, lookup, path):
     archive.write_out(unfinished, verbose=False)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(unfinished, path)
-    print(f"wrote {path}")
+    return path

@@ -14,7 +14,7 @@ class WordModel(keras.Model):
     Args:
         vocabulary_size: V. Ids are sorted by decreasing frequency; 0 is padding.
         width: D, the units of every layer.
-        middle: The `SparseMoE` between the LSTMs.
+        middle: The layer between the LSTMs, from [B, L, D] to [B, L, D].
         dropout: Part of every layer's output to drop in training.
         num_sampled: Words to draw for the softmax in training.
     """
@@ -28,7 +28,6 @@ class WordModel(keras.Model):
         self.lstm_out = keras.layers.LSTM(width, return_sequences=True)
         self.softmax = SampledSoftmax(vocabulary_size, num_sampled)
         self.dropout = keras.layers.Dropout(dropout)
-        self.perplexity = Perplexity(name="perplexity")
 
     def build(self, tokens_shape):
         """Builds all layers: training alone would leave the softmax out."""
@@ -49,15 +48,43 @@ class WordModel(keras.Model):
         x += self.dropout(self.lstm_out(x), training=training)
         return x if training else self.softmax(x)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Mean cross-entropy per word, padding left out, plus the losses of the layers."""
-        words = y != PADDING_ID
+    def cross_entropy(self, targets, predictions, training):
+        """Loss of each word of targets [B, L] that isn't padding, from what `call` returned."""
+        words = targets != PADDING_ID
         if training:
-            losses = self.softmax.sampled_loss(y_pred[words], y[words])
-        else:
-            losses = -tf.gather(y_pred, y, batch_dims=2)[words]
-        self.perplexity.update_state(losses)
-        return tf.reduce_mean(losses) + sum(self.losses)
+            return self.softmax.sampled_loss(predictions[words], targets[words])
+        return -tf.gather(predictions, targets, batch_dims=2)[words]
+
+
+class SideBySide(keras.Model):
+    """Trains several models on the same batches at the same time, each as if it were alone.
+
+    Args:
+        models: `WordModel`s by name. The logs show the perplexity of each under its name.
+    """
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = models
+        self.perplexities = {name: Perplexity(name=f"{name}/perplexity") for name in models}
+
+    def build(self, tokens_shape):
+        """Builds the models."""
+        for model in self.models.values():
+            model.build(tokens_shape)
+
+    def call(self, tokens, training=None):
+        """The models' outputs by name."""
+        return {name: model(tokens, training=training) for name, model in self.models.items()}
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Mean cross-entropy per word of each model and the losses of its layers, added up."""
+        total = sum(self.losses)
+        for name, model in self.models.items():
+            losses = model.cross_entropy(y, y_pred[name], training)
+            self.perplexities[name].update_state(losses)
+            total += tf.reduce_mean(losses)
+        return total
 
 
 class SampledSoftmax(keras.layers.Dense):
@@ -102,14 +129,12 @@ def footprint(model):
         A pair of integers (ops/timestep, parameters).
     """
     operations = parameters = 0
-    moe = model.middle
-    expert_kernels = {id(kernel) for kernel in moe.experts.kernels}
-    for layer in (model.lstm_in, moe, model.lstm_out):
+    for layer in (model.lstm_in, model.middle, model.lstm_out):
         for weight in layer.trainable_weights:
             size = int(ops.size(weight))
             parameters += size
-            if id(weight) in expert_kernels:
-                operations += size * moe.k // moe.num_experts
-            elif len(weight.shape) > 1:  # A bias multiplies nothing.
+            if len(weight.shape) == 3:  # A bank of experts [N, D, F], K of which a word meets.
+                operations += size * layer.k // layer.num_experts
+            elif len(weight.shape) == 2:  # A bias multiplies nothing.
                 operations += size
     return operations, parameters

