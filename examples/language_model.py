@@ -6,10 +6,10 @@
 
 Both models are embedding → LSTM → middle → LSTM → softmax, with a residual connection around each
 layer and dropout on its output (appendix C). The middle of one is a mixture of experts, of which
-every word uses k; that of its dense twin is a single expert, k times as wide, which every word uses
-("MoE-1-Wide" in Table 7). The script compares their perplexity on held-out text, shows what some
-experts have specialised in (Table 9), draws the curves, exports the mixture and queries the export
-from another process.
+every word uses k. That of its dense twin is a single expert, k times as wide ("MoE-1-Wide" in
+Table 7) and a little wider still, which makes up for the operations of the gating. The script
+compares their perplexity on held-out text, shows what some experts have specialised in (Table 9),
+draws the curves, exports the mixture and queries the export from another process.
 """
 
 import argparse
@@ -44,8 +44,8 @@ def parse_arguments(arguments=None):
         ("vocabulary-size", 6000, "words that the models know"),
         ("width", 64, "units of the embedding and of every layer"),
         ("num-experts", 64, "experts of the mixture"),
-        ("hidden-units", 64, "hidden units of an expert"),
-        ("k", 2, "experts per word"),
+        ("hidden-units", 128, "hidden units of an expert"),
+        ("k", 4, "experts per word"),
         ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
         ("dropout", 0.1, "part of every layer's output to drop"),
         ("words-per-batch", 4096, "positions per batch"),
@@ -78,7 +78,9 @@ def main(args):
 
     heading("Training side by side, on the same batches")
     keras.utils.set_random_seed(args.seed)
-    wide = args.k * args.hidden_units
+    # As many as the k experts of a word have, and so many more that the gating is paid for: its two
+    # matrices [width, num_experts] cost what num_experts hidden units do.
+    wide = args.k * args.hidden_units + args.num_experts
     middles = {
         "mixture": keras_moe.SparseMoE(
             args.num_experts,

@@ -40,6 +40,7 @@ def demo(tmp_path_factory):
         "--width": 16,
         "--num-experts": 8,
         "--hidden-units": 16,
+        "--k": 2,
         "--words-per-batch": 1024,
         "--num-sampled": 50,
         "--epochs": 1,
@@ -58,10 +59,10 @@ def test_demo_compares_both_models(demo):
     )
     # Guessing evenly among 300 words has perplexity 300; knowing their frequencies well below.
     assert all(1 < float(p) < 150 for p in perplexity)
-    # LSTMs 2·(16 + 16)·4·16 = 4096; k experts, or the dense pair, 2·2·16·16 = 1024; the gating's
-    # two matrices 2·16·8 = 256. Parameters: also 2·4·16 biases, and 8 experts instead of 2.
-    assert operations == ("5,376", "5,120")
-    assert parameters == (f"{4096 + 128 + 256 + 8 * 512:,}", f"{4096 + 128 + 1024:,}")
+    # LSTMs 2·(16 + 16)·4·16 = 4096; k experts 2·2·16·16 = 1024; the gating's two matrices 2·16·8 =
+    # 256; the dense pair 2·16·(2·16 + 8) = 1280. Parameters: also 2·4·16 biases, and all 8 experts.
+    assert operations == ("5,376", "5,376")
+    assert parameters == (f"{4096 + 128 + 256 + 8 * 512:,}", f"{4096 + 128 + 1280:,}")
 
 
 def test_demo_shows_contexts_of_experts(demo):
