@@ -42,7 +42,7 @@ def parse_arguments(arguments=None):
     source.add_argument("--dataset", default=StateOfTheUnion.name, help="of tensorflow-datasets")
     for name, default, meaning in (
         ("vocabulary-size", 6000, "words that the models know"),
-        ("width", 64, "units of the embedding and of every layer"),
+        ("width", 32, "units of the embedding and of every layer"),
         ("num-experts", 64, "experts of the mixture"),
         ("hidden-units", 128, "hidden units of an expert"),
         ("k", 4, "experts per word"),
@@ -50,7 +50,7 @@ def parse_arguments(arguments=None):
         ("dropout", 0.1, "part of every layer's output to drop"),
         ("words-per-batch", 4096, "positions per batch"),
         ("epochs", 3, "passes over the training text"),
-        ("learning-rate", 0.008, "highest learning rate of Adam"),
+        ("learning-rate", 0.012, "highest learning rate of Adam"),
         ("num-sampled", 512, "words that the training's softmax draws per batch"),
         ("evaluations", 6, "points on the curves"),
         ("seed", 0, "seed of the weights, the noise and the batches"),
