@@ -2,6 +2,7 @@
 
 from keras_moe import losses
 from keras_moe.experts import FeedForwardExperts
+from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
 from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
 from keras_moe.sparse_moe import SparseMoE
 
@@ -9,6 +10,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FeedForwardExperts",
+    "HierarchicalGating",
+    "HierarchicalMoE",
     "NoisyTopKGating",
     "Routing",
     "SoftmaxGating",

@@ -1,10 +1,11 @@
 """The way of the rows to their experts and back. All code that needs TensorFlow itself is here.
 
 Every example has K choices, so T examples make T·K rows. `plan` sorts them by expert; `dispatch`
-brings the rows into that order, `split` cuts it into one piece per expert, `join` undoes the cut,
-and `combine` brings the rows back, weighted by the gates. Rows of choices that count for nothing
-(gate 0) stand at the end and belong to no expert. As the order is a permutation of all T·K rows,
-each gradient is again a gather: nothing is scattered and nothing is sparse.
+brings the rows into that order, `split` cuts it into one piece per expert, `join` undoes the cut.
+`combine` sums the rows of each example, weighted by the gates; `collect` brings them back as they
+are. Rows of choices that count for nothing (gate 0) stand at the end and belong to no expert. As
+the order is a permutation of all T·K rows, each gradient is again a gather: nothing is scattered
+and nothing is sparse.
 """
 
 from typing import NamedTuple
@@ -99,6 +100,27 @@ def combine(rows, gates, plan):
         return _sum_over_choices(rows, plan.position, tf.cast(gates, rows.dtype)), gradient
 
     return weighted_sum(rows, gates)
+
+
+def collect(rows, plan):
+    """Brings the rows back into the order of the choices: undoes the sort.
+
+    Args:
+        rows: Float tensor [T·K, D], sorted by expert.
+        plan: A `Plan`.
+
+    Returns:
+        Float tensor [T·K, D]: row t·K + k is that of choice k of example t.
+    """
+
+    @tf.custom_gradient
+    def gather(rows):
+        def gradient(upstream):
+            return tf.gather(upstream, plan.choice)
+
+        return tf.gather(rows, tf.reshape(plan.position, [-1])), gradient
+
+    return gather(rows)
 
 
 def split(rows, rows_per_expert):

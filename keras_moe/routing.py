@@ -32,8 +32,35 @@ class Routing(NamedTuple):
     load: Any
 
 
-class _LinearGating(keras.layers.Layer):
-    """What the gating layers share: float32, the kernel W_g, the treatment of masked examples."""
+def make_routing(expert_index, gates, num_experts, mask=None, chances=None):
+    """Takes masked examples out of the gates and measures the balance of what is left.
+
+    Args:
+        expert_index: int32 tensor [T, K].
+        gates: float32 tensor [T, K].
+        num_experts: N.
+        mask: Boolean tensor [T] or `None`; examples with `False` get gates of 0.
+        chances: float32 tensor [T, N], the terms of the smooth load (equation 10); `None` for the
+            hard load.
+
+    Returns:
+        A `Routing`.
+    """
+    if mask is not None:
+        gates = ops.where(mask[:, None], gates, 0.0)
+    if chances is None:
+        load = losses.hard_load(gates, expert_index, num_experts)
+    else:
+        counted = ops.isfinite(chances)
+        if mask is not None:
+            counted = ops.logical_and(counted, mask[:, None])
+        load = ops.sum(ops.where(counted, chances, 0.0), axis=0)
+    importance = losses.importance(gates, expert_index, num_experts)
+    return Routing(expert_index, gates, importance, load)
+
+
+class Gating(keras.layers.Layer):
+    """What all gating layers share: the number of experts, and float32."""
 
     def __init__(self, num_experts, **kwargs):
         kwargs.setdefault("dtype", "float32")
@@ -43,38 +70,66 @@ class _LinearGating(keras.layers.Layer):
         self.num_experts = num_experts
         self.supports_masking = True
 
-    def build(self, input_shape):
-        self.gate_kernel = self._add_kernel("gate_kernel", input_shape)
-
-    def _add_kernel(self, name, input_shape):
-        # Appendix A: zeros, so that all experts start with an equal chance.
-        return self.add_weight(
-            name=name, shape=(input_shape[-1], self.num_experts), initializer="zeros"
-        )
-
-    def _routing(self, expert_index, gates, mask, chances=None):
-        """Takes masked examples out of the gates [T, K] and of the balance.
-
-        `chances` [T, N] are the terms of the smooth load; the hard load stands in without them.
-        """
-        if mask is not None:
-            gates = ops.where(mask[:, None], gates, 0.0)
-        if chances is None:
-            load = losses.hard_load(gates, expert_index, self.num_experts)
-        else:
-            counted = ops.isfinite(chances)
-            if mask is not None:
-                counted = ops.logical_and(counted, mask[:, None])
-            load = ops.sum(ops.where(counted, chances, 0.0), axis=0)
-        importance = losses.importance(gates, expert_index, self.num_experts)
-        return Routing(expert_index, gates, importance, load)
+    def add_kernel(self, name, *shape):
+        """Adds a kernel that starts at zero: an equal chance for all experts (appendix A)."""
+        return self.add_weight(name=name, shape=shape, initializer="zeros")
 
     def get_config(self):
         return {**super().get_config(), "num_experts": self.num_experts}
 
 
+class NoisyGating(Gating):
+    """What the gating layers with trainable noise share: noisy top-k choices at one level."""
+
+    def __init__(self, num_experts, noise=True, noise_epsilon=1e-2, seed=None, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        if noise_epsilon <= 0:
+            raise ValueError(f"`noise_epsilon` must be above 0. Received: {noise_epsilon}")
+        self.noise = noise
+        self.noise_epsilon = noise_epsilon
+        self.seed = seed
+        if noise:
+            self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def choose(self, k, logits, noise_logits=None):
+        """Picks the K largest of the noisy logits (equations 3 to 5, 8 and 9).
+
+        Args:
+            k: K, at most N.
+            logits: float32 tensor [T, N], x·W_g.
+            noise_logits: float32 tensor [T, N], x·W_noise, or `None` to leave out the noise.
+
+        Returns:
+            The choices, int32 [T, K], in decreasing order of H(x), equal logits in increasing
+            order of index; their gates, float32 [T, K]; and each expert's chance to be chosen,
+            float32 [T, N], `None` where there is no noise, or nothing to choose.
+        """
+        clean_logits, num_choices = logits, logits.shape[-1]
+        if noise_logits is not None:
+            stddev = ops.softplus(noise_logits) + self.noise_epsilon
+            logits += stddev * keras.random.normal(ops.shape(logits), seed=self.seed_generator)
+        # NaN has no order: without this a sort may return anything as an index.
+        logits = ops.where(ops.isnan(logits), -float("inf"), logits)
+        # One more than K: the load asks for the threshold below the last choice.
+        top_logits, top_index = ops.top_k(logits, min(k + 1, num_choices))
+        chosen = top_logits[:, :k]
+        gates = _softmax(chosen, competing=logits if k == 1 else chosen)
+        chances = None
+        if noise_logits is not None and k < num_choices:
+            chances = losses.load(clean_logits, logits, stddev, top_logits)
+        return ops.cast(top_index[:, :k], "int32"), gates, chances
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "noise": self.noise,
+            "noise_epsilon": self.noise_epsilon,
+            "seed": self.seed,
+        }
+
+
 @keras.saving.register_keras_serializable("keras_moe")
-class SoftmaxGating(_LinearGating):
+class SoftmaxGating(Gating):
     """Dense gating: every expert, weighted by softmax(x·W_g) (equation 2).
 
     Args:
@@ -90,17 +145,20 @@ class SoftmaxGating(_LinearGating):
         A `Routing` with K = N.
     """
 
+    def build(self, input_shape):
+        self.gate_kernel = self.add_kernel("gate_kernel", input_shape[-1], self.num_experts)
+
     def call(self, x, training=None, mask=None):
         logits = ops.matmul(x, self.gate_kernel)
         gates = _softmax(logits, competing=logits)
         expert_index = ops.broadcast_to(
             ops.arange(self.num_experts, dtype="int32"), ops.shape(gates)
         )
-        return self._routing(expert_index, gates, mask)
+        return make_routing(expert_index, gates, self.num_experts, mask)
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class NoisyTopKGating(_LinearGating):
+class NoisyTopKGating(NoisyGating):
     """Noisy top-k gating with trainable noise (equations 3 to 5, 8 to 10).
 
     H(x) = x·W_g + N(0, 1)·(softplus(x·W_noise) + noise_epsilon), G(x) = softmax of the K largest
@@ -129,52 +187,31 @@ class NoisyTopKGating(_LinearGating):
     """
 
     def __init__(self, num_experts, k=4, noise=True, noise_epsilon=1e-2, seed=None, **kwargs):
-        super().__init__(num_experts, **kwargs)
+        super().__init__(num_experts, noise, noise_epsilon, seed, **kwargs)
         if not 1 <= k <= num_experts:
             raise ValueError(
                 "`k`, the experts chosen per example, must be between 1 and `num_experts`. "
                 f"Received: k={k}, num_experts={num_experts}"
             )
-        if noise_epsilon <= 0:
-            raise ValueError(f"`noise_epsilon` must be above 0. Received: {noise_epsilon}")
         self.k = k
-        self.noise = noise
-        self.noise_epsilon = noise_epsilon
-        self.seed = seed
-        if noise:
-            self.seed_generator = keras.random.SeedGenerator(seed)
 
     def build(self, input_shape):
-        super().build(input_shape)
+        shape = (input_shape[-1], self.num_experts)
+        self.gate_kernel = self.add_kernel("gate_kernel", *shape)
         if self.noise:
-            self.noise_kernel = self._add_kernel("noise_kernel", input_shape)
+            self.noise_kernel = self.add_kernel("noise_kernel", *shape)
 
     def call(self, x, training=None, mask=None):
-        logits = clean_logits = ops.matmul(x, self.gate_kernel)
         noisy = training and self.noise
-        if noisy:
-            stddev = ops.softplus(ops.matmul(x, self.noise_kernel)) + self.noise_epsilon
-            logits += stddev * keras.random.normal(ops.shape(logits), seed=self.seed_generator)
-        # NaN has no order: without this a sort may return anything as an index.
-        logits = ops.where(ops.isnan(logits), -float("inf"), logits)
-        # One more than K: the load asks for the threshold below the last choice.
-        top_logits, top_index = ops.top_k(logits, min(self.k + 1, self.num_experts))
-        chosen = top_logits[:, : self.k]
-        gates = _softmax(chosen, competing=logits if self.k == 1 else chosen)
-        chances = None
-        if noisy and self.k < self.num_experts:
-            chances = losses.load(clean_logits, logits, stddev, top_logits)
-        expert_index = ops.cast(top_index[:, : self.k], "int32")
-        return self._routing(expert_index, gates, mask, chances)
+        expert_index, gates, chances = self.choose(
+            self.k,
+            ops.matmul(x, self.gate_kernel),
+            ops.matmul(x, self.noise_kernel) if noisy else None,
+        )
+        return make_routing(expert_index, gates, self.num_experts, mask, chances)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "k": self.k,
-            "noise": self.noise,
-            "noise_epsilon": self.noise_epsilon,
-            "seed": self.seed,
-        }
+        return {**super().get_config(), "k": self.k}
 
 
 def _softmax(logits, competing):

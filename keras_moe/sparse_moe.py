@@ -162,7 +162,7 @@ class SparseMoE(keras.layers.Layer):
         width = input_shape[-1]
         if not 2 <= len(input_shape) <= 4 or width is None:
             raise ValueError(
-                "SparseMoE takes inputs of rank 2 to 4 whose last dimension is known. "
+                f"{type(self).__name__} takes inputs of rank 2 to 4 whose last dimension is known. "
                 f"Received: input_shape={tuple(input_shape)}"
             )
         self.input_spec = keras.InputSpec(ndim=len(input_shape), axes={-1: width})

@@ -1,0 +1,239 @@
+"""The two-level mixture of experts (appendix B of the paper): its gating, and the layer.
+
+The experts stand in A groups of B. A primary gating picks groups, a secondary gating of each group
+picks among that group's experts. To dispatch, experts and combine that is a routing like any
+other: expert j of group i is the leaf i·B + j of A·B.
+"""
+
+import keras
+from keras import ops
+
+from keras_moe import dispatch, losses
+from keras_moe.routing import NoisyGating, Routing, make_routing
+from keras_moe.sparse_moe import SparseMoE
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class HierarchicalGating(NoisyGating):
+    """Noisy top-k gating at two levels (equations 12 to 14).
+
+    The gate of expert j of group i is the product G_primary(x)_i · G_i(x)_j of two noisy top-k
+    gatings, each as in `NoisyTopKGating`. Each example meets the secondary kernels of the groups
+    chosen for it, and no others.
+
+    In noisy training the load of an expert is Load_primary(X)_i · Load_i(X⁽ⁱ⁾)_j / |X⁽ⁱ⁾|, where
+    X⁽ⁱ⁾ are the examples that group i receives; 0 for a group that receives none. A level whose
+    every choice is taken has nothing to estimate and is counted. Without noise both are, and the
+    fraction is the number of rows of the expert.
+
+    Args:
+        num_groups: A, the number of groups.
+        experts_per_group: B, the number of experts in each group.
+        k: Pair of integers: the groups chosen per example, from 1 to A, and the experts chosen in
+            each of them, from 1 to B.
+        noise: Whether training adds noise, at both levels.
+        noise_epsilon: The least standard deviation of the noise, above 0.
+        seed: Integer, seed of the noise.
+        **kwargs: Keyword arguments of `keras.layers.Layer`. The dtype is float32 unless given.
+
+    Attributes:
+        primary: Variable [D, A], W_g of the groups.
+        secondary: Variable [A, D, B], W_g of the experts of each group.
+        primary_noise: Variable [D, A], W_noise of the groups; only with `noise`.
+        secondary_noise: Variable [A, D, B], W_noise of the experts; only with `noise`.
+
+    Call arguments:
+        x: Float tensor [T, D].
+        training: Whether to add noise and to estimate the load smoothly.
+        mask: Boolean tensor [T] or `None`; examples with `False` get gates of 0.
+
+    Returns:
+        A `Routing` to N = A·B experts, group by group, with the product of both `k` as its K. The
+        choices of an example come group by group, both in decreasing order of their noisy logits.
+
+    Raises:
+        ValueError: If a size is below 1, `k` is not a pair of integers within the sizes, or
+            `noise_epsilon` is not above 0.
+    """
+
+    def __init__(
+        self,
+        num_groups,
+        experts_per_group,
+        k=(2, 2),
+        noise=True,
+        noise_epsilon=1e-2,
+        seed=None,
+        **kwargs,
+    ):
+        if min(num_groups, experts_per_group) < 1:
+            raise ValueError(
+                "`num_groups` and `experts_per_group` must be at least 1. "
+                f"Received: num_groups={num_groups}, experts_per_group={experts_per_group}"
+            )
+        k = _as_pair(k)
+        if not (1 <= k[0] <= num_groups and 1 <= k[1] <= experts_per_group):
+            raise ValueError(
+                "`k`, the groups chosen per example and the experts chosen in each, must be "
+                "between 1 and `num_groups` and between 1 and `experts_per_group`. Received: "
+                f"k={k}, num_groups={num_groups}, experts_per_group={experts_per_group}"
+            )
+        super().__init__(num_groups * experts_per_group, noise, noise_epsilon, seed, **kwargs)
+        self.num_groups = num_groups
+        self.experts_per_group = experts_per_group
+        self.k = k
+
+    def build(self, input_shape):
+        primary = (input_shape[-1], self.num_groups)
+        secondary = (self.num_groups, input_shape[-1], self.experts_per_group)
+        self.primary = self.add_kernel("primary", *primary)
+        self.secondary = self.add_kernel("secondary", *secondary)
+        if self.noise:
+            self.primary_noise = self.add_kernel("primary_noise", *primary)
+            self.secondary_noise = self.add_kernel("secondary_noise", *secondary)
+
+    def call(self, x, training=None, mask=None):
+        noisy = training and self.noise
+        group, gates, chances = self.choose(
+            self.k[0],
+            ops.matmul(x, self.primary),
+            ops.matmul(x, self.primary_noise) if noisy else None,
+        )
+        primary = make_routing(group, gates, self.num_groups, mask, chances)
+
+        # From here on there is one row for each choice of a group: T·K_primary.
+        plan = dispatch.plan(primary, self.num_groups)
+        pieces = dispatch.split(dispatch.dispatch(x, plan), plan.rows_per_expert)
+        member, gates, chances = self.choose(
+            self.k[1],
+            _multiply(pieces, self.secondary, plan),
+            _multiply(pieces, self.secondary_noise, plan) if noisy else None,
+        )
+        leaf = ops.reshape(group, (-1, 1)) * self.experts_per_group + member
+        gates *= ops.reshape(primary.gates, (-1, 1))
+
+        secondary_load = self._secondary_load(primary, leaf, gates, chances)
+        received = losses.hard_load(primary.gates, group, self.num_groups)  # |X⁽ⁱ⁾|
+        share = primary.load / ops.maximum(received, 1.0)
+        per_example = (-1, self.k[0] * self.k[1])
+        return Routing(
+            expert_index=ops.reshape(leaf, per_example),
+            gates=ops.reshape(gates, per_example),
+            importance=losses.importance(gates, leaf, self.num_experts),
+            load=ops.reshape(share[:, None] * secondary_load, (-1,)),
+        )
+
+    def _secondary_load(self, primary, leaf, gates, chances):
+        """Load_i(X⁽ⁱ⁾)_j of each group i and its expert j, [A, B]."""
+        if chances is None:
+            load = losses.hard_load(gates, leaf, self.num_experts)
+            return ops.reshape(load, (self.num_groups, self.experts_per_group))
+        received = ops.reshape(primary.gates > 0, (-1, 1))
+        counted = ops.logical_and(received, ops.isfinite(chances))
+        return ops.segment_sum(
+            ops.where(counted, chances, 0.0),
+            ops.reshape(primary.expert_index, (-1,)),
+            num_segments=self.num_groups,
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        del config["num_experts"]  # The product of the first two.
+        return {
+            "num_groups": self.num_groups,
+            "experts_per_group": self.experts_per_group,
+            "k": self.k,
+            **config,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class HierarchicalMoE(SparseMoE):
+    """Hierarchical mixture of experts (Shazeer et al., 2017, equation 12).
+
+    y = Σ_i Σ_j G_primary(x)_i · G_i(x)_j · E_ij(x): a `SparseMoE` of A·B experts in A groups of B.
+    Its gating picks groups first and then experts of those groups, so that it costs one product
+    with D·A numbers and one with D·B for each chosen group in place of one with D·A·B.
+
+    Example:
+    ```python
+    keras_moe.HierarchicalMoE(16, 16, hidden_units=1024, k=(2, 2))  # 4 of 256 experts
+    ```
+
+    Args:
+        num_groups: A, the number of groups.
+        experts_per_group: B, the number of experts in each group.
+        hidden_units: As in `SparseMoE`.
+        k: Pair of integers: the groups per example, from 1 to A, and the experts in each of them,
+            from 1 to B. Without effect on a gating layer of your own.
+        gating: `"noisy_top_k"` (`HierarchicalGating`), or a gating layer for A·B experts.
+        **kwargs: All other keyword arguments of `SparseMoE`, for A·B experts.
+
+    Attributes:
+        gating: The gating layer; `gating.primary` [D, A], `gating.secondary` [A, D, B], and the
+            kernels of their noise, `gating.primary_noise` and `gating.secondary_noise`.
+        experts: The bank of all A·B experts, group by group.
+
+    Call arguments, returns: As in `SparseMoE`.
+
+    Raises:
+        ValueError: If a size is below 1, `k` is not a pair of integers within the sizes, or
+            `SparseMoE` refuses another argument.
+    """
+
+    def __init__(
+        self,
+        num_groups,
+        experts_per_group,
+        hidden_units=None,
+        k=(2, 2),
+        **kwargs,
+    ):
+        # Before `super`, which makes the gating.
+        self.num_groups = num_groups
+        self.experts_per_group = experts_per_group
+        super().__init__(num_groups * experts_per_group, hidden_units, _as_pair(k), **kwargs)
+
+    def _make_gating(self, gating):
+        sizes = {"num_groups": self.num_groups, "experts_per_group": self.experts_per_group}
+        if gating == "noisy_top_k":
+            return HierarchicalGating(**sizes, k=self.k, seed=self.seed, name="gating")
+        if not isinstance(gating, keras.layers.Layer):
+            raise ValueError(
+                '`gating` must be "noisy_top_k" or a gating layer for the experts of all groups. '
+                f"Received: {gating!r}"
+            )
+        for name, size in sizes.items():
+            if getattr(gating, name, size) != size:
+                raise ValueError(
+                    f"The layer has `{name}={size}`, but its part {gating.name!r} is made for "
+                    f"{getattr(gating, name)}. Give both the same `{name}`."
+                )
+        return gating
+
+    def get_config(self):
+        config = super().get_config()
+        del config["num_experts"]  # The product of the first two.
+        return {
+            "num_groups": self.num_groups,
+            "experts_per_group": self.experts_per_group,
+            **config,
+        }
+
+
+def _as_pair(k):
+    if not isinstance(k, (tuple, list)) or [type(number) for number in k] != [int, int]:
+        raise ValueError(
+            "`k` must be a pair of integers: the groups chosen per example, and the experts chosen "
+            f"in each of them. Received: {k!r}"
+        )
+    return tuple(k)
+
+
+def _multiply(pieces, kernels, plan):
+    """Rows [T·K, B] in the order of the choices: each group's piece times the group's kernel."""
+    *pieces, rest = pieces
+    products = [
+        ops.matmul(p, kernel) for p, kernel in zip(pieces, ops.unstack(kernels), strict=True)
+    ]
+    return dispatch.collect(dispatch.join(products, rest), plan)
