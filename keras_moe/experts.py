@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import dispatch
+from keras_moe.arguments import check_size
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -41,7 +42,8 @@ class FeedForwardExperts(keras.layers.Layer):
         Float tensor [M, output_dim] in the compute dtype.
 
     Raises:
-        ValueError: If `num_experts`, an entry of `hidden_units` or `output_dim` is below 1.
+        ValueError: If `num_experts`, an entry of `hidden_units` or `output_dim` is not an integer
+            of at least 1.
     """
 
     def __init__(
@@ -58,19 +60,9 @@ class FeedForwardExperts(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        hidden_units = _as_sizes(hidden_units)
-        if num_experts < 1:
-            raise ValueError(f"`num_experts` must be at least 1. Received: {num_experts}")
-        if not hidden_units or min(hidden_units) < 1:
-            raise ValueError(
-                "`hidden_units` must be an integer, or a sequence of integers, of at least 1. "
-                f"Received: {hidden_units} (num_experts={num_experts})"
-            )
-        if output_dim is not None and output_dim < 1:
-            raise ValueError(f"`output_dim` must be at least 1. Received: {output_dim}")
-        self.num_experts = num_experts
-        self.hidden_units = hidden_units
-        self.output_dim = output_dim
+        self.num_experts = check_size("num_experts", num_experts)
+        self.hidden_units = _check_hidden_units(hidden_units)
+        self.output_dim = None if output_dim is None else check_size("output_dim", output_dim)
         self.activation = keras.activations.get(activation)
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -129,8 +121,11 @@ class FeedForwardExperts(keras.layers.Layer):
         }
 
 
-def _as_sizes(hidden_units):
-    return [hidden_units] if isinstance(hidden_units, int) else list(hidden_units)
+def _check_hidden_units(hidden_units):
+    sizes = hidden_units if isinstance(hidden_units, (list, tuple)) else [hidden_units]
+    if not sizes:
+        raise ValueError(f"`hidden_units` must have an entry. Received: {hidden_units!r}")
+    return [check_size("hidden_units", size) for size in sizes]
 
 
 class _PerExpert(keras.initializers.Initializer):
@@ -151,7 +146,7 @@ class _PerExpert(keras.initializers.Initializer):
             draws = [self.initializer] * num_experts
         else:
             # Keras repeats the values of a seed: each layer of each expert needs its own.
-            seeds = np.random.default_rng([seed, self.layer]).integers(2**31, size=num_experts)
+            seeds = np.random.default_rng([abs(seed), self.layer]).integers(2**31, size=num_experts)
             config = self.initializer.get_config()
             draws = [type(self.initializer).from_config({**config, "seed": int(s)}) for s in seeds]
         return ops.stack([draw(tuple(expert_shape), dtype=dtype) for draw in draws])

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses
+from keras_moe.arguments import check_k, check_size
 
 
 class Routing(NamedTuple):
@@ -59,15 +60,41 @@ def make_routing(expert_index, gates, num_experts, mask=None, chances=None):
     return Routing(expert_index, gates, importance, load)
 
 
+def check_routing(routing, num_experts):
+    """Raises ValueError unless `routing` has the types and shapes of a `Routing` to N experts."""
+    wanted = {
+        "expert_index": ("int32", 2),
+        "gates": ("float32", 2),
+        "importance": ("float32", 1),
+        "load": ("float32", 1),
+    }
+    if not isinstance(routing, Routing):
+        raise ValueError(f"A gating layer must return a `Routing`. Received: {type(routing)}")
+    for field, (dtype, rank) in wanted.items():
+        value = getattr(routing, field)
+        right = keras.backend.standardize_dtype(value.dtype) == dtype and len(value.shape) == rank
+        # K is known when the graph is built, and N as well.
+        last = routing.gates.shape[-1] if rank == 2 else num_experts
+        if not right or value.shape[-1] is None or value.shape[-1] != last:
+            raise ValueError(
+                f"`{field}` of a `Routing` to {num_experts} experts must be {dtype} of shape "
+                f"{'[T, K] with K known' if rank == 2 else [num_experts]}. "
+                f"Received: {keras.backend.standardize_dtype(value.dtype)} of shape {value.shape}"
+            )
+
+
 class Gating(keras.layers.Layer):
     """What all gating layers share: the number of experts, and float32."""
 
     def __init__(self, num_experts, **kwargs):
-        kwargs.setdefault("dtype", "float32")
-        super().__init__(**kwargs)
-        if num_experts < 1:
-            raise ValueError(f"`num_experts` must be at least 1. Received: {num_experts}")
-        self.num_experts = num_experts
+        super().__init__(**{"dtype": "float32", **kwargs})
+        if self.dtype_policy.name != "float32":
+            raise ValueError(
+                "Gating computes in float32 whatever the dtype of the model; leave `dtype` out. "
+                f"Received: dtype={self.dtype_policy.name!r}"
+            )
+        self.num_experts = check_size("num_experts", num_experts)
+        self.input_spec = keras.InputSpec(ndim=2)
         self.supports_masking = True
 
     def add_kernel(self, name, *shape):
@@ -83,7 +110,7 @@ class NoisyGating(Gating):
 
     def __init__(self, num_experts, noise=True, noise_epsilon=1e-2, seed=None, **kwargs):
         super().__init__(num_experts, **kwargs)
-        if noise_epsilon <= 0:
+        if not noise_epsilon > 0:
             raise ValueError(f"`noise_epsilon` must be above 0. Received: {noise_epsilon}")
         self.noise = noise
         self.noise_epsilon = noise_epsilon
@@ -107,8 +134,10 @@ class NoisyGating(Gating):
         clean_logits, num_choices = logits, logits.shape[-1]
         if noise_logits is not None:
             stddev = ops.softplus(noise_logits) + self.noise_epsilon
-            logits += stddev * keras.random.normal(ops.shape(logits), seed=self.seed_generator)
-        # NaN has no order: without this a sort may return anything as an index.
+            logits += stddev * keras.random.normal(
+                ops.shape(logits), dtype=logits.dtype, seed=self.seed_generator
+            )
+        # NaN has no order, and no backend promises what its sort makes of one.
         logits = ops.where(ops.isnan(logits), -float("inf"), logits)
         # One more than K: the load asks for the threshold below the last choice.
         top_logits, top_index = ops.top_k(logits, min(k + 1, num_choices))
@@ -134,7 +163,7 @@ class SoftmaxGating(Gating):
 
     Args:
         num_experts: N, the number of experts.
-        **kwargs: Keyword arguments of `keras.layers.Layer`. The dtype is float32 unless given.
+        **kwargs: Keyword arguments of `keras.layers.Layer`, `dtype` excepted.
 
     Call arguments:
         x: Float tensor [T, D].
@@ -144,6 +173,11 @@ class SoftmaxGating(Gating):
     Returns:
         A `Routing` with K = N.
     """
+
+    @property
+    def k(self):
+        """K = N: every expert."""
+        return self.num_experts
 
     def build(self, input_shape):
         self.gate_kernel = self.add_kernel("gate_kernel", input_shape[-1], self.num_experts)
@@ -172,7 +206,7 @@ class NoisyTopKGating(NoisyGating):
         noise: Whether training adds noise. Without it the load is a count, and has no gradient.
         noise_epsilon: The least standard deviation of the noise, above 0.
         seed: Integer, seed of the noise.
-        **kwargs: Keyword arguments of `keras.layers.Layer`. The dtype is float32 unless given.
+        **kwargs: Keyword arguments of `keras.layers.Layer`, `dtype` excepted.
 
     Call arguments:
         x: Float tensor [T, D].
@@ -183,17 +217,13 @@ class NoisyTopKGating(NoisyGating):
         A `Routing`, the choices of an example in decreasing order of H(x).
 
     Raises:
-        ValueError: If `k` is not between 1 and `num_experts`, or `noise_epsilon` is not above 0.
+        ValueError: If `num_experts` is not an integer of at least 1, `k` not one between 1 and
+            `num_experts`, `noise_epsilon` not above 0, or a dtype other than float32 is asked for.
     """
 
     def __init__(self, num_experts, k=4, noise=True, noise_epsilon=1e-2, seed=None, **kwargs):
         super().__init__(num_experts, noise, noise_epsilon, seed, **kwargs)
-        if not 1 <= k <= num_experts:
-            raise ValueError(
-                "`k`, the experts chosen per example, must be between 1 and `num_experts`. "
-                f"Received: k={k}, num_experts={num_experts}"
-            )
-        self.k = k
+        self.k = check_k(k, self.num_experts)
 
     def build(self, input_shape):
         shape = (input_shape[-1], self.num_experts)

@@ -1,11 +1,14 @@
 """The sparsely-gated mixture-of-experts layer."""
 
+import inspect
+
 import keras
 from keras import ops
 
 from keras_moe import dispatch, losses
+from keras_moe.arguments import check_size, check_weight
 from keras_moe.experts import FeedForwardExperts
-from keras_moe.routing import NoisyTopKGating, SoftmaxGating
+from keras_moe.routing import NoisyTopKGating, SoftmaxGating, check_routing
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -30,23 +33,25 @@ class SparseMoE(keras.layers.Layer):
 
     The logs of `fit` and `evaluate` show the balance of the experts, averaged over the batches:
     `<layer>/cv_importance`, `<layer>/cv_load` and `<layer>/max_over_mean_load`, the columns of
-    Table 6 in the paper.
+    Table 6 in the paper. Any call with `training` given updates them, so leave it out of a model's
+    call that you export by hand, as `model.export` does.
 
     Args:
         num_experts: N, the number of experts.
         hidden_units: Hidden units of each expert: an integer, or a sequence of integers for
             several hidden layers. Not with `experts`.
-        k: K, the number of experts per example, from 1 to N. Without effect on `"softmax"` and on
-            a gating layer of your own.
+        k: K, the number of experts per example, from 1 to N. `"softmax"` and a gating layer of
+            your own have their own.
         activation: Activation of the experts' hidden layers.
         output_dim: Width of the output. Defaults to the width of the input.
         use_bias: Whether the experts' layers add biases.
         gating: `"noisy_top_k"` (`NoisyTopKGating`), `"softmax"` (`SoftmaxGating`: every expert
-            computes every example), or a gating layer: called with x [T, D], `training` and
-            `mask` [T], it returns a `Routing`.
+            computes every example), or a gating layer: called with x [T, D], in which masked
+            examples are zeros, `training` and `mask` [T], it returns a `Routing`.
         experts: A bank of experts to use in place of `FeedForwardExperts`: a layer with an
             attribute `num_experts`, called with `rows` [M, D], sorted by expert, and
-            `rows_per_expert` [N], that returns [M, output_dim].
+            `rows_per_expert` [N], that returns [M, output_dim], zeros in the rows behind the
+            last expert's. Its `compute_output_shape` takes the shape of `rows` alone.
         importance_loss_weight: w_importance.
         load_loss_weight: w_load.
         kernel_initializer: Initializer of each expert's kernels.
@@ -72,9 +77,10 @@ class SparseMoE(keras.layers.Layer):
         loss and load loss, in that order.
 
     Raises:
-        ValueError: If a size is below 1, K is not between 1 and N, a loss weight is negative, the
-            gating or the bank has another number of experts, or `experts` and `hidden_units` are
-            both given or both missing.
+        ValueError: If a size is not an integer of at least 1, K not between 1 and N, a loss weight
+            negative; if the gating or the bank has another number of experts; if `experts` and
+            `hidden_units` are both given or both missing; if the gating's `Routing`, the mask or
+            the input has a wrong shape.
     """
 
     def __init__(
@@ -97,44 +103,34 @@ class SparseMoE(keras.layers.Layer):
         seed=None,
         **kwargs,
     ):
+        if kwargs.get("name") is None:
+            kwargs["name"] = self._default_name()
         super().__init__(**kwargs)
-        if (hidden_units is None) == (experts is None):
-            raise ValueError(
-                "Give either `hidden_units`, for feed-forward experts, or `experts`, a bank of "
-                f"your own. Received: hidden_units={hidden_units}, experts={experts}"
-            )
-        if min(importance_loss_weight, load_loss_weight) < 0:
-            raise ValueError(
-                "The weights of the balance losses must not be negative. Received: "
-                f"importance_loss_weight={importance_loss_weight}, "
-                f"load_loss_weight={load_loss_weight}"
-            )
-        self.num_experts = num_experts
-        self.k = k
-        self.importance_loss_weight = importance_loss_weight
-        self.load_loss_weight = load_loss_weight
+        self.num_experts = check_size("num_experts", num_experts)
+        self.importance_loss_weight = check_weight("importance_loss_weight", importance_loss_weight)
+        self.load_loss_weight = check_weight("load_loss_weight", load_loss_weight)
         self.seed = seed
         self.supports_masking = True
         self.supports_jit = False  # The number of rows of an expert depends on the data.
 
+        self.k = k
         self._gating_name = gating if isinstance(gating, str) else None
         self.gating = self._make_gating(gating)
+        self.k = getattr(self.gating, "k", k)
         self._feed_forward = experts is None
-        if experts is None:
-            experts = FeedForwardExperts(
-                num_experts,
-                hidden_units,
-                output_dim=output_dim,
-                activation=activation,
-                use_bias=use_bias,
-                kernel_initializer=kernel_initializer,
-                bias_initializer=bias_initializer,
-                kernel_regularizer=kernel_regularizer,
-                bias_regularizer=bias_regularizer,
-                dtype=self.dtype_policy,
-                name="experts",
-            )
-        self.experts = experts
+        self.experts = self._make_experts(
+            experts,
+            hidden_units,
+            {
+                "output_dim": output_dim,
+                "activation": activation,
+                "use_bias": use_bias,
+                "kernel_initializer": kernel_initializer,
+                "bias_initializer": bias_initializer,
+                "kernel_regularizer": kernel_regularizer,
+                "bias_regularizer": bias_regularizer,
+            },
+        )
         for part in (self.gating, self.experts):
             if getattr(part, "num_experts", num_experts) != num_experts:
                 raise ValueError(
@@ -146,6 +142,36 @@ class SparseMoE(keras.layers.Layer):
             name: keras.metrics.Mean(name=f"{self.name}/{name}")
             for name in ("cv_importance", "cv_load", "max_over_mean_load")
         }
+
+    def _default_name(self):
+        """Like Keras' own, which would be "sparse_mo_e" and stand in every log."""
+        name = type(self).__name__.replace("MoE", "_moe").lower()
+        number = keras.backend.get_uid(name)
+        return name if number == 1 else f"{name}_{number - 1}"
+
+    def _make_experts(self, experts, hidden_units, options):
+        if (hidden_units is None) == (experts is None):
+            raise ValueError(
+                "Give either `hidden_units`, for feed-forward experts, or `experts`, a bank of "
+                f"your own. Received: hidden_units={hidden_units}, experts={experts}"
+            )
+        if experts is None:
+            return FeedForwardExperts(
+                self.num_experts, hidden_units, **options, dtype=self.dtype_policy, name="experts"
+            )
+        if not isinstance(experts, keras.layers.Layer) or not hasattr(experts, "num_experts"):
+            raise ValueError(
+                "`experts` must be a bank: a layer with an attribute `num_experts`. "
+                f"Received: {experts!r}"
+            )
+        defaults = inspect.signature(FeedForwardExperts.__init__).parameters
+        idle = [name for name, value in options.items() if value != defaults[name].default]
+        if idle:
+            raise ValueError(
+                "These arguments describe feed-forward experts; a bank of your own has to be given "
+                f"them itself. Received, beside `experts`: {', '.join(idle)}"
+            )
+        return experts
 
     def _make_gating(self, gating):
         if gating == "noisy_top_k":
@@ -159,23 +185,35 @@ class SparseMoE(keras.layers.Layer):
         )
 
     def build(self, input_shape):
+        self._check_shape(input_shape)
         width = input_shape[-1]
-        if not 2 <= len(input_shape) <= 4 or width is None:
+        self.input_spec = keras.InputSpec(min_ndim=2, max_ndim=4, axes={-1: width})
+        # By a symbolic call, since a part of the user's own may have no `build`.
+        rows = keras.KerasTensor((None, width), self.compute_dtype)
+        if not self.gating.built:
+            self.gating(rows)
+        if not self.experts.built:
+            self.experts(rows, keras.KerasTensor((self.num_experts,), "int32"))
+
+    def _check_shape(self, shape):
+        if not 2 <= len(shape) <= 4 or shape[-1] is None:
             raise ValueError(
                 f"{type(self).__name__} takes inputs of rank 2 to 4 whose last dimension is known. "
-                f"Received: input_shape={tuple(input_shape)}"
+                f"Received: shape {tuple(shape)}"
             )
-        self.input_spec = keras.InputSpec(ndim=len(input_shape), axes={-1: width})
-        for part in (self.gating, self.experts):
-            if not part.built:  # As it is when it was deserialized.
-                part.build((None, width))
+        if self.built and shape[-1] != self.input_spec.axes[-1]:
+            raise ValueError(
+                f"The layer was built for inputs of width {self.input_spec.axes[-1]}. "
+                f"Received: shape {tuple(shape)}"
+            )
 
     def call(self, x, training=None, mask=None):
         examples, mask = self._flatten(x, mask)
         routing = self.gating(examples, training=training, mask=mask)
+        check_routing(routing, self.num_experts)
         plan = dispatch.plan(routing, self.num_experts)
         rows = self.experts(dispatch.dispatch(examples, plan), plan.rows_per_expert)
-        y = dispatch.combine(rows, routing.gates, plan)
+        y = ops.cast(dispatch.combine(rows, routing.gates, plan), self.compute_dtype)
         self._add_balance(routing, training)
         return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
 
@@ -188,6 +226,7 @@ class SparseMoE(keras.layers.Layer):
             mask: Boolean tensor [...] or `None`.
         """
         x = ops.convert_to_tensor(x, self.compute_dtype)
+        self._check_shape(x.shape)
         if not self.built:
             self.build(x.shape)
         examples, mask = self._flatten(x, mask)
@@ -198,7 +237,12 @@ class SparseMoE(keras.layers.Layer):
         x_flat = ops.reshape(x, (-1, x.shape[-1]))
         if mask is None:
             return x_flat, None
-        if len(mask.shape) != len(x.shape) - 1:
+        mask = ops.convert_to_tensor(mask, "bool")
+        positions = x.shape[:-1]
+        if len(mask.shape) != len(positions) or any(
+            None not in sizes and sizes[0] != sizes[1]
+            for sizes in zip(mask.shape, positions, strict=True)
+        ):
             raise ValueError(
                 "The mask must have one entry for each position of the input: its shape without "
                 f"the last dimension. Received: x of shape {x.shape}, mask of shape {mask.shape}"
@@ -213,7 +257,7 @@ class SparseMoE(keras.layers.Layer):
         self.add_loss(self.importance_loss_weight * cv2_importance)
         self.add_loss(self.load_loss_weight * cv2_load)
         if training is None:
-            return  # Neither `fit` nor `evaluate`: an exported model must not write metrics.
+            return  # A bare call or `model.export`; `fit`, `evaluate` and `predict` say which.
         self._balance["cv_importance"].update_state(ops.sqrt(cv2_importance))
         self._balance["cv_load"].update_state(ops.sqrt(cv2_load))
         self._balance["max_over_mean_load"].update_state(losses.max_over_mean(routing.load))

@@ -422,8 +422,14 @@ def test_config_carries_a_gating_and_a_bank_of_ones_own():
         ({"num_experts": 4, "hidden_units": 8, "k": 5}, "k=5, num_experts=4"),
         ({"num_experts": 4, "hidden_units": 8, "k": 0}, "k=0, num_experts=4"),
         ({"num_experts": 0, "hidden_units": 8}, "`num_experts` must be .* Received: 0"),
-        ({"num_experts": 4, "hidden_units": 0}, r"\[0\] \(num_experts=4\)"),
-        ({"num_experts": 4, "hidden_units": []}, r"`hidden_units` must be"),
+        ({"num_experts": 4.0, "hidden_units": 8}, "`num_experts` must be .* Received: 4.0"),
+        ({"num_experts": True, "hidden_units": 8}, "`num_experts` must be .* Received: True"),
+        ({"num_experts": 4, "hidden_units": 8, "k": 2.5}, "k=2.5, num_experts=4"),
+        ({"num_experts": 4, "hidden_units": 8, "k": "2"}, "k='2', num_experts=4"),
+        ({"num_experts": 4, "hidden_units": 0}, "`hidden_units` must be .* Received: 0"),
+        ({"num_experts": 4, "hidden_units": "8"}, "`hidden_units` must be .* Received: '8'"),
+        ({"num_experts": 4, "hidden_units": [8, 2.5]}, "`hidden_units` must be .* Received: 2.5"),
+        ({"num_experts": 4, "hidden_units": []}, r"`hidden_units` must have an entry"),
         ({"num_experts": 4, "hidden_units": 8, "output_dim": 0}, "`output_dim`.*Received: 0"),
         ({"num_experts": 4}, "either `hidden_units`"),
         (
@@ -439,9 +445,15 @@ def test_config_carries_a_gating_and_a_bank_of_ones_own():
             {"num_experts": 4, "experts": keras_moe.FeedForwardExperts(5, 8)},
             "4 experts, .* made for 5",
         ),
+        ({"num_experts": 4, "experts": keras.layers.Dense(4)}, "attribute `num_experts`"),
+        (
+            {"num_experts": 4, "experts": keras_moe.FeedForwardExperts(4, 8), "use_bias": True},
+            "beside `experts`: use_bias",
+        ),
+        ({"num_experts": 4, "hidden_units": 8, "load_loss_weight": float("nan")}, "Received: nan"),
         (
             {"num_experts": 4, "hidden_units": 8, "load_loss_weight": -1},
-            "must not be negative.*load_loss_weight=-1",
+            "`load_loss_weight` must be a number, not negative. Received: -1",
         ),
     ],
 )
