@@ -64,3 +64,18 @@ def test_gradients_are_dense_and_right():
     )
     inner = np.sum(x * upstream, axis=1, keepdims=True)
     np.testing.assert_allclose(d_gates, scale * inner, rtol=1e-5, atol=1e-6)
+
+
+def test_collect_undoes_the_sort():
+    gates = [[0.5, 0.5], [0.9, 0.1], [1, 0], [np.nan, np.nan]]
+    plan = dispatch.plan(routing([[2, 0], [0, 1], [2, 1], [1, 0]], gates), 3)
+    x = tf.constant([[1.0], [2.0], [3.0], [4.0]])
+    upstream = tf.range(8.0)[:, None]
+    with tf.GradientTape() as tape:
+        rows = dispatch.dispatch(x, plan)
+        tape.watch(rows)
+        collected = dispatch.collect(rows, plan)
+    np.testing.assert_array_equal(np.ravel(collected), [1, 1, 2, 2, 3, 3, 4, 4])
+    gradient = tape.gradient(collected, rows, output_gradients=upstream)
+    assert not isinstance(gradient, tf.IndexedSlices)
+    np.testing.assert_array_equal(np.ravel(gradient), plan.choice)
