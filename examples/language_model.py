@@ -66,6 +66,7 @@ def parse_arguments(arguments=None):
 def main(args):
     """Does all that the script does and returns the rows of the table."""
     start = time.time()
+    serving.check_target(args.export)  # Now, not after minutes of training.
     heading(f"Reading {args.text or args.dataset}")
     splits = text.load_file(args.text) if args.text else text.load_dataset(args.dataset)
     lookup = text.build_vocabulary(splits["train"], args.vocabulary_size)
@@ -136,6 +137,11 @@ def train(pair, words, args):
     """Trains on batches that depend on the seed alone, and returns the history of `fit`."""
     batches = text.batches(words["train"], args.words_per_batch, seed=args.seed, epochs=args.epochs)
     steps = len(batches)
+    if steps < args.evaluations:
+        raise ValueError(
+            "The text must be long enough for a batch before each evaluation. Received: "
+            f"{steps} batches for {args.evaluations} evaluations"
+        )
     warm_up = min(200, steps // 10)
     learning_rate = keras.optimizers.schedules.CosineDecay(
         0.0, steps - warm_up, warmup_target=args.learning_rate, warmup_steps=warm_up

@@ -1,6 +1,7 @@
 """Exports a `WordModel` with its vocabulary: TensorFlow alone can load and query it."""
 
 import os
+import pathlib
 import shutil
 
 import keras
@@ -23,6 +24,16 @@ def tokens(lookup, sentences):
     return tf.concat([begin, ids.to_tensor()], axis=1)
 
 
+def check_target(path):
+    """Raises ValueError if exporting to `path` would replace anything but an older export."""
+    path = pathlib.Path(path)
+    if path.exists() and not (path / "saved_model.pb").is_file():
+        raise ValueError(
+            "The folder for the export must be new, or hold an older export that is to be "
+            f"replaced. Received: {str(path)!r}"
+        )
+
+
 def export(model, lookup, path):
     """Writes a SavedModel for TF Serving, under its final name only when it is complete.
 
@@ -34,11 +45,15 @@ def export(model, lookup, path):
     Args:
         model: A built `WordModel`.
         lookup: A `keras.layers.StringLookup` from words to ids.
-        path: Folder to write, which should be a version number. An older one is replaced.
+        path: Folder to write, which should be a version number. An older export is replaced.
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: If `path` exists and is no export.
     """
+    check_target(path)
     vocabulary = tf.constant(lookup.get_vocabulary())
 
     def probabilities(tokens):

@@ -1,11 +1,11 @@
 """The way of the rows to their experts and back. All code that needs TensorFlow itself is here.
 
-Every example has K choices, so T examples make T·K rows. `plan` sorts them by expert; `dispatch`
-brings the rows into that order, `split` cuts it into one piece per expert, `join` undoes the cut.
-`combine` sums the rows of each example, weighted by the gates; `collect` brings them back as they
-are. Rows of choices that count for nothing (gate 0) stand at the end and belong to no expert. As
-the order is a permutation of all T·K rows, each gradient is again a gather: nothing is scattered
-and nothing is sparse.
+Every example has K choices, so T examples make T·K rows. `make_plan` sorts them by expert;
+`dispatch` brings the rows into that order, `split` cuts it into one piece per expert, `join` undoes
+the cut. `combine` sums the rows of each example, weighted by the gates; `collect` brings them back
+as they are. Rows of choices that count for nothing (gate 0) stand at the end and belong to no
+expert. As the order is a permutation of all T·K rows, each gradient is again a gather: nothing is
+scattered and nothing is sparse.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     rows_per_expert: tf.Tensor
 
 
-def plan(routing, num_experts):
+def make_plan(routing, num_experts):
     """Sorts the choices of a `Routing` by expert; earlier examples come first.
 
     Args:

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_moe import dispatch, losses
+from keras_moe.arguments import check_size
 from keras_moe.routing import NoisyGating, Routing, make_routing
 from keras_moe.sparse_moe import SparseMoE
 
@@ -66,11 +67,8 @@ class HierarchicalGating(NoisyGating):
         seed=None,
         **kwargs,
     ):
-        if min(num_groups, experts_per_group) < 1:
-            raise ValueError(
-                "`num_groups` and `experts_per_group` must be at least 1. "
-                f"Received: num_groups={num_groups}, experts_per_group={experts_per_group}"
-            )
+        num_groups = check_size("num_groups", num_groups)
+        experts_per_group = check_size("experts_per_group", experts_per_group)
         k = _as_pair(k)
         if not (1 <= k[0] <= num_groups and 1 <= k[1] <= experts_per_group):
             raise ValueError(
@@ -102,7 +100,7 @@ class HierarchicalGating(NoisyGating):
         primary = make_routing(group, gates, self.num_groups, mask, chances)
 
         # From here on there is one row for each choice of a group: T·K_primary.
-        plan = dispatch.plan(primary, self.num_groups)
+        plan = dispatch.make_plan(primary, self.num_groups)
         pieces = dispatch.split(dispatch.dispatch(x, plan), plan.rows_per_expert)
         member, gates, chances = self.choose(
             self.k[1],
@@ -190,9 +188,11 @@ class HierarchicalMoE(SparseMoE):
         **kwargs,
     ):
         # Before `super`, which makes the gating.
-        self.num_groups = num_groups
-        self.experts_per_group = experts_per_group
-        super().__init__(num_groups * experts_per_group, hidden_units, _as_pair(k), **kwargs)
+        self.num_groups = check_size("num_groups", num_groups)
+        self.experts_per_group = check_size("experts_per_group", experts_per_group)
+        super().__init__(
+            self.num_groups * self.experts_per_group, hidden_units, _as_pair(k), **kwargs
+        )
 
     def _make_gating(self, gating):
         sizes = {"num_groups": self.num_groups, "experts_per_group": self.experts_per_group}

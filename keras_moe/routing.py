@@ -74,7 +74,7 @@ def check_routing(routing, num_experts):
         value = getattr(routing, field)
         right = keras.backend.standardize_dtype(value.dtype) == dtype and len(value.shape) == rank
         # K is known when the graph is built, and N as well.
-        last = routing.gates.shape[-1] if rank == 2 else num_experts
+        last = routing.expert_index.shape[-1] if rank == 2 else num_experts
         if not right or value.shape[-1] is None or value.shape[-1] != last:
             raise ValueError(
                 f"`{field}` of a `Routing` to {num_experts} experts must be {dtype} of shape "

@@ -46,8 +46,9 @@ class SparseMoE(keras.layers.Layer):
         output_dim: Width of the output. Defaults to the width of the input.
         use_bias: Whether the experts' layers add biases.
         gating: `"noisy_top_k"` (`NoisyTopKGating`), `"softmax"` (`SoftmaxGating`: every expert
-            computes every example), or a gating layer: called with x [T, D], in which masked
-            examples are zeros, `training` and `mask` [T], it returns a `Routing`.
+            computes every example), or a gating layer that supports masking: called with x
+            [T, D], in which masked examples are zeros, `training` and `mask` [T], it returns a
+            `Routing`.
         experts: A bank of experts to use in place of `FeedForwardExperts`: a layer with an
             attribute `num_experts`, called with `rows` [M, D], sorted by expert, and
             `rows_per_expert` [N], that returns [M, output_dim], zeros in the rows behind the
@@ -211,7 +212,7 @@ class SparseMoE(keras.layers.Layer):
         examples, mask = self._flatten(x, mask)
         routing = self.gating(examples, training=training, mask=mask)
         check_routing(routing, self.num_experts)
-        plan = dispatch.plan(routing, self.num_experts)
+        plan = dispatch.make_plan(routing, self.num_experts)
         rows = self.experts(dispatch.dispatch(examples, plan), plan.rows_per_expert)
         y = ops.cast(dispatch.combine(rows, routing.gates, plan), self.compute_dtype)
         self._add_balance(routing, training)
@@ -270,12 +271,14 @@ class SparseMoE(keras.layers.Layer):
         config = {
             **super().get_config(),
             "num_experts": self.num_experts,
-            "k": self.k,
-            "gating": self._gating_name or keras.saving.serialize_keras_object(self.gating),
             "importance_loss_weight": self.importance_loss_weight,
             "load_loss_weight": self.load_loss_weight,
             "seed": self.seed,
         }
+        if self._gating_name:
+            config.update(gating=self._gating_name, k=self.k)
+        else:
+            config["gating"] = keras.saving.serialize_keras_object(self.gating)
         if not self._feed_forward:
             return {**config, "experts": keras.saving.serialize_keras_object(self.experts)}
         bank = self.experts.get_config()
@@ -286,7 +289,9 @@ class SparseMoE(keras.layers.Layer):
         config = dict(config)
         for part in ("gating", "experts"):
             if isinstance(config.get(part), dict):
-                config[part] = keras.saving.deserialize_keras_object(config[part])
+                # Not built yet: `build` does that, also for a part without a `build` of its own.
+                unbuilt = {key: v for key, v in config[part].items() if key != "build_config"}
+                config[part] = keras.saving.deserialize_keras_object(unbuilt)
         return cls(**config)
 
 

@@ -13,9 +13,11 @@ def routing(expert_index, gates):
 
 
 def test_plan_sorts_by_expert_and_puts_dead_choices_last():
-    plan = dispatch.plan(routing([[2, 0], [0, 1], [2, 1]], [[0.5, 0.5], [0.9, 0.1], [1, 0]]), 4)
+    plan = dispatch.make_plan(
+        routing([[2, 0], [0, 1], [2, 1]], [[0.5, 0.5], [0.9, 0.1], [1, 0]]), 4
+    )
     # Rows in order of expert, then of example: 0 of example 0 and of 1, 1 of example 1, 2 of
-    # examples 0 and 2. The last choice of example 2 has gate 0.
+    # examples 0 and 2. The last choice has no gate: NaN.
     np.testing.assert_array_equal(plan.example, [0, 1, 1, 0, 2, 2])
     np.testing.assert_array_equal(plan.choice, [1, 2, 3, 0, 4, 5])
     np.testing.assert_array_equal(plan.position, [[3, 0], [1, 2], [4, 5]])
@@ -33,7 +35,7 @@ def test_every_row_meets_its_expert_and_comes_back(data):
     gates = rng.random((examples, k)) * (rng.random((examples, k)) < 0.8)
     x = rng.normal(size=(examples, 3)).astype("float32")
     # Expert i multiplies by i + 1, so example t gets x_t · Σ_k gate·(index + 1).
-    plan = dispatch.plan(routing(index, gates), num_experts)
+    plan = dispatch.make_plan(routing(index, gates), num_experts)
     *pieces, rest = dispatch.split(dispatch.dispatch(x, plan), plan.rows_per_expert)
     assert len(pieces) == num_experts
     rows = dispatch.join([piece * (i + 1) for i, piece in enumerate(pieces)], rest)
@@ -49,7 +51,7 @@ def test_gradients_are_dense_and_right():
     gates = tf.constant(rng.random((5, 2)) * [[1, 1], [1, 0], [1, 1], [0, 0], [1, 1]], tf.float32)
     x = tf.constant(rng.normal(size=(5, 3)), tf.float32)
     upstream = tf.constant(rng.normal(size=(5, 3)), tf.float32)
-    plan = dispatch.plan(routing(index, gates), 4)
+    plan = dispatch.make_plan(routing(index, gates), 4)
     scale_of_row = tf.repeat([1.0, 2.0, 3.0, 4.0, 0.0], [*plan.rows_per_expert, 3])[:, None]
     with tf.GradientTape() as tape:
         tape.watch([x, gates])
@@ -68,7 +70,7 @@ def test_gradients_are_dense_and_right():
 
 def test_collect_undoes_the_sort():
     gates = [[0.5, 0.5], [0.9, 0.1], [1, 0], [np.nan, np.nan]]
-    plan = dispatch.plan(routing([[2, 0], [0, 1], [2, 1], [1, 0]], gates), 3)
+    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1], [1, 0]], gates), 3)
     x = tf.constant([[1.0], [2.0], [3.0], [4.0]])
     upstream = tf.range(8.0)[:, None]
     with tf.GradientTape() as tape:

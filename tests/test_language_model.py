@@ -87,6 +87,10 @@ def test_demo_queries_its_export_without_keras(demo):
     assert re.search(r"^\d prompts, [\d,]+ probabilities: at most \d\.\de-\d\d ", output, re.M)
     assert [path.name for path in (folder / "exported").iterdir()] == ["1"]
     served = tf.saved_model.load(folder / "exported" / "1")
+    for signature in served.signatures.values():
+        graph = signature.graph.as_graph_def()
+        nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+        assert not {node.op for node in nodes if "Assign" in node.op or "Random" in node.op}
     answer = served.signatures["next_words"](sentences=tf.constant(["the", "we have the"]))
     chances = answer["probabilities"].numpy()
     assert answer["words"].shape == chances.shape == (2, 5)
@@ -108,6 +112,24 @@ def test_a_missing_text_ends_in_one_sentence(tmp_path):
     assert finished.returncode == 1
     assert "error: The text file must exist. Received:" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_an_export_replaces_nothing_but_an_export(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    finished = run("language_model.py", "--export", tmp_path)
+    assert finished.returncode == 1
+    assert "error: The folder for the export must be new" in finished.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_too_short_a_text_is_refused(tmp_path):
+    (tmp_path / "short.txt").write_text("It was a dark and stormy night.\n" * 100)
+    finished = run(
+        "language_model.py", "--text", tmp_path / "short.txt", "--export", tmp_path / "1"
+    )
+    assert finished.returncode == 1
+    assert "error: The text must be long enough" in finished.stderr
+    assert not (tmp_path / "1").exists()
 
 
 def models():

@@ -1,6 +1,5 @@
 """The gating layers by themselves; their numbers are tested through SparseMoE."""
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -26,14 +25,12 @@ def test_kernels_begin_at_zero():
         assert not np.any(kernel)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
-def test_gating_is_float32_under_every_policy(policy):
-    keras.config.set_dtype_policy(policy)
-    try:
-        gating = NoisyTopKGating(5, k=2)
-    finally:
-        keras.config.set_dtype_policy("float32")
-    assert gating(tf.ones((3, 4), gating.compute_dtype)).gates.dtype == tf.float32
+@pytest.mark.parametrize("dtype", ["mixed_float16", "bfloat16", "float64"])
+def test_gating_is_float32_and_nothing_else(dtype):
+    with pytest.raises(ValueError, match=f"float32 whatever .* Received: dtype='{dtype}'"):
+        NoisyTopKGating(5, k=2, dtype=dtype)
+    routing = NoisyTopKGating(5, k=2)(tf.ones((3, 4), tf.float64), training=True)
+    assert routing.gates.dtype == routing.load.dtype == tf.float32
 
 
 def test_k_of_1_uses_the_probability_among_all_experts():
@@ -91,13 +88,32 @@ def test_a_vanishing_noise_kernel_and_huge_margins_stay_finite():
         assert np.isfinite(gradient).all()
 
 
-def test_all_logits_nan_gives_indices_in_range():
-    routing = NoisyTopKGating(40, k=40)(np.full((3, 2), np.nan))
-    assert np.array_equal(np.sort(routing.expert_index), np.tile(np.arange(40), (3, 1)))
+def test_nan_logits_lose_against_all_others():
+    gating = NoisyTopKGating(40, k=20)
+    gating.build((None, 1))
+    kernel = np.linspace(1, 2, 40)
+    kernel[::2] = np.nan
+    gating.gate_kernel.assign(kernel[None])
+    expert_index = gating(np.ones((3, 1))).expert_index
+    np.testing.assert_array_equal(np.sort(expert_index), [np.arange(1, 40, 2)] * 3)
+
+
+def test_inputs_of_another_rank_are_refused():
+    with pytest.raises(ValueError, match="expected ndim=2, found ndim=3"):
+        NoisyTopKGating(4, k=2)(np.ones((2, 3, 4)))
 
 
 def test_config_round_trip():
-    gating = NoisyTopKGating(6, k=3, noise=False, noise_epsilon=0.1, seed=4, name="g")
+    arguments = {
+        "num_experts": 6,
+        "k": 3,
+        "noise": False,
+        "noise_epsilon": 0.1,
+        "seed": 4,
+        "name": "g",
+    }
+    gating = NoisyTopKGating(**arguments)
+    assert arguments.items() <= gating.get_config().items()
     assert NoisyTopKGating.from_config(gating.get_config()).get_config() == gating.get_config()
 
 

@@ -11,12 +11,14 @@ from keras.ops import convert_to_numpy as numpy
 
 import keras_moe
 from keras_moe import SparseMoE
+from keras_moe.routing import check_routing
 
 EXAMPLES, WIDTH, HIDDEN = 24, 6, 5
 
 
 def assign_random_weights(layer, rng):
     """Weights far from zero: initial gating kernels are zeros, which would test ties alone."""
+    assert layer.built
     for weight in layer.weights:
         weight.assign(rng.normal(size=weight.shape))
 
@@ -52,7 +54,7 @@ def gradients(layer, x, upstream, *, training, mask=None):
     with tf.GradientTape() as tape:
         tape.watch(x)
         y = layer(x, training=training, mask=mask)
-        total = tf.reduce_sum(y * upstream) + tf.add_n(layer.losses)
+        total = tf.reduce_sum(tf.cast(y, tf.float32) * upstream) + tf.add_n(layer.losses)
     wanted = {"x": x, "kernels": layer.experts.kernels, "biases": layer.experts.biases}
     for name in ("gate_kernel", "noise_kernel"):
         wanted[name] = getattr(layer.gating, name, [])
@@ -287,6 +289,7 @@ def test_jit_compile_auto_does_not_try_xla():
     model = language_model()
     model.compile("adam", CROSS_ENTROPY)
     assert not model.jit_compile
+    assert not model.layers[1].supports_jit
 
 
 def test_unknown_time_dimension_does_not_retrace():
@@ -330,6 +333,7 @@ def test_the_mask_travels_through_the_layer():
 
 def test_balance_shows_in_the_logs():
     model = language_model(seed=5)
+    model.build((None, None))
     model.compile("sgd", CROSS_ENTROPY)
     x, y = next_words()
     assign_random_weights(model.layers[1], np.random.default_rng(0))
@@ -397,6 +401,41 @@ def test_export_writes_no_state(tmp_path):
     operations = {node.op for nodes in functions for node in nodes}
     assert "MatMul" in operations
     assert not {op for op in operations if "Assign" in op or "Random" in op}
+
+
+def test_config_carries_every_argument():
+    arguments = {
+        "num_experts": 6,
+        "hidden_units": [4, 5],
+        "k": 3,
+        "activation": "gelu",
+        "output_dim": 7,
+        "use_bias": True,
+        "gating": "softmax",
+        "importance_loss_weight": 0.3,
+        "load_loss_weight": 0.2,
+        "kernel_initializer": keras.initializers.HeNormal(seed=1),
+        "bias_initializer": keras.initializers.Constant(0.5),
+        "kernel_regularizer": keras.regularizers.L1(0.1),
+        "bias_regularizer": keras.regularizers.L2(0.2),
+        "seed": 9,
+        "name": "mixture",
+    }
+    serialized = {
+        key: keras.saving.serialize_keras_object(value)
+        if key.endswith(("initializer", "regularizer"))
+        else value
+        for key, value in arguments.items()
+    }
+    # Softmax gating takes every expert.
+    for gating, k in (("softmax", 6), ("noisy_top_k", 3)):
+        layer = SparseMoE(**{**arguments, "gating": gating})
+        config = layer.get_config()
+        assert {**serialized, "gating": gating, "k": k}.items() <= config.items()
+        bank = SparseMoE.from_config(config).experts.get_config()
+        assert {key: bank[key] for key in serialized if key in bank and key != "name"} == {
+            key: serialized[key] for key in serialized if key in bank and key != "name"
+        }
 
 
 def test_config_carries_a_gating_and_a_bank_of_ones_own():
@@ -468,6 +507,153 @@ def test_wrong_inputs_are_refused(shape):
         SparseMoE(4, 8)(keras.KerasTensor(shape))
 
 
-def test_a_mask_of_the_wrong_rank_is_refused():
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 1), (2, 3, 1)])
+def test_a_mask_of_the_wrong_shape_is_refused(shape):
     with pytest.raises(ValueError, match="one entry for each position"):
-        SparseMoE(4, 8)(np.ones((2, 3, WIDTH)), mask=np.ones(2, bool))
+        SparseMoE(4, 8)(np.ones((2, 3, WIDTH)), mask=np.ones(shape, bool))
+
+
+def test_one_layer_takes_inputs_of_every_rank_but_of_one_width():
+    layer = SparseMoE(4, 8, k=2)
+    layer.route(np.ones((5, WIDTH)))
+    assert layer(np.ones((2, 3, WIDTH))).shape == (2, 3, WIDTH)
+    assert layer(np.ones((2, 1, 3, WIDTH))).shape == (2, 1, 3, WIDTH)
+    with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 6"):
+        layer(np.ones((2, 3, WIDTH + 1)))
+    with pytest.raises(ValueError, match="built for inputs of width 6"):
+        layer.route(np.ones((2, WIDTH + 1)))
+    with pytest.raises(ValueError, match="rank 2 to 4"):
+        layer.route(np.ones((1, 1, 1, 2, WIDTH)))
+
+
+@keras.saving.register_keras_serializable("tests")
+class LastExperts(keras.layers.Layer):
+    """A gating of a user's own, as documented: a sublayer, no `build`, K = 2 fixed experts."""
+
+    def __init__(self, num_experts, **kwargs):
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+        self.supports_masking = True
+        self.preference = keras.layers.Dense(2, "softmax")
+
+    def call(self, x, training=None, mask=None):
+        gates = self.preference(x)
+        if mask is not None:
+            gates *= keras.ops.cast(mask[:, None], gates.dtype)
+        index = keras.ops.zeros_like(gates, "int32") + [self.num_experts - 1, 0]
+        uses = keras.ops.sum(gates, axis=0)
+        load = keras.ops.concatenate([uses[1:], keras.ops.zeros(self.num_experts - 2), uses[:1]])
+        return keras_moe.Routing(index, gates, load, load)
+
+    def get_config(self):
+        return {**super().get_config(), "num_experts": self.num_experts}
+
+
+def test_a_gating_of_ones_own_trains_saves_and_loads(tmp_path):
+    x, y = next_words()
+    model = keras.Sequential(
+        [
+            keras.layers.Embedding(50, 8, mask_zero=True),
+            SparseMoE(5, 16, gating=LastExperts(5)),
+            keras.layers.Dense(50),
+        ]
+    )
+    model.build((None, None))
+    assert len(model.layers[1].trainable_weights) == 4  # kernel and bias, and two banks
+    model.compile(keras.optimizers.Adam(0.03), CROSS_ENTROPY)
+    losses = model.fit(x, y, batch_size=16, epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"expert_index": np.zeros((3, 2))}, "`expert_index` .* must be int32"),
+        ({"gates": np.ones(3, "float32")}, "`gates` .* must be float32 of shape"),
+        ({"gates": np.ones((3, 1), "float32")}, r"`gates` .* Received: float32 of shape \(3, 1\)"),
+        ({"importance": np.ones((3, 4), "float32")}, r"`importance` .* float32 of shape \[4\]"),
+        ({"load": np.ones(5, "float32")}, r"`load` .* Received: float32 of shape \(5,\)"),
+    ],
+)
+def test_a_wrong_routing_is_refused(change, message):
+    routing = {
+        "expert_index": np.zeros((3, 2), "int32"),
+        "gates": np.ones((3, 2), "float32"),
+        "importance": np.ones(4, "float32"),
+        "load": np.ones(4, "float32"),
+    }
+    routing = {key: tf.constant(value) for key, value in {**routing, **change}.items()}
+    with pytest.raises(ValueError, match=message):
+        check_routing(keras_moe.Routing(**routing), 4)
+    with pytest.raises(ValueError, match="must return a `Routing`"):
+        check_routing(tuple(routing.values()), 4)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_stays_close_to_float32(policy):
+    x = np.random.default_rng(0).normal(size=(EXAMPLES, WIDTH)).astype("float32")
+    full = SparseMoE(4, HIDDEN, k=2, seed=1)
+    mixed = SparseMoE(4, HIDDEN, k=2, seed=1, dtype=policy)
+    for layer in (full, mixed):
+        layer.build(x.shape)
+    assign_random_weights(full, np.random.default_rng(1))
+    mixed.set_weights(full.get_weights())
+    x = x.astype("float16" if policy == "mixed_float16" else tf.bfloat16.as_numpy_dtype)
+    x = x.astype("float32")  # the same numbers for both, so that both choose the same experts
+    np.testing.assert_array_equal(mixed.route(x).expert_index, full.route(x).expert_index)
+    y_full, _, d_full = gradients(full, x, 1.0, training=False)
+    y_mixed, _, d_mixed = gradients(mixed, x, 1.0, training=False)
+    assert y_mixed.dtype == mixed.compute_dtype
+    # 11 and 8 significant bits in the products: 2⁻¹¹ and 2⁻⁸, a few of them added up.
+    tolerance = 2.0**-8 if policy == "mixed_float16" else 2.0**-5
+    for name in ("x", "gate_kernel", "kernels"):
+        for ours, theirs in zip(
+            keras.tree.flatten(d_mixed[name]), keras.tree.flatten(d_full[name]), strict=True
+        ):
+            scale = np.abs(theirs).max()
+            np.testing.assert_allclose(ours / scale, theirs / scale, atol=tolerance, err_msg=name)
+    np.testing.assert_allclose(np.float32(y_mixed), y_full, atol=tolerance * np.abs(y_full).max())
+
+
+@pytest.mark.parametrize("floatx", ["float64", "float16"])
+def test_the_noise_does_not_depend_on_floatx(floatx):
+    keras.config.set_floatx(floatx)
+    try:
+        y = SparseMoE(4, 8, k=2)(np.ones((3, WIDTH)), training=True)
+    finally:
+        keras.config.set_floatx("float32")
+    assert np.isfinite(y).all()
+
+
+def test_runs_repeat_with_the_global_seed_and_layers_differ():
+    x, y = next_words()
+
+    def fit():
+        model = language_model()  # which sets the seed
+        model.compile("adam", CROSS_ENTROPY)
+        model.fit(x, y, verbose=0, shuffle=False)
+        return model.get_weights()
+
+    for first, again in zip(fit(), fit(), strict=True):
+        np.testing.assert_array_equal(first, again)
+    one, other = (SparseMoE(8, 4).route(np.ones((9, WIDTH)), training=True) for _ in range(2))
+    assert np.any(one.expert_index != other.expert_index)
+
+
+def test_a_layer_shared_by_two_branches_adds_its_losses_twice():
+    inputs = keras.Input((None, WIDTH))
+    shared = SparseMoE(4, 8, k=2)
+    model = keras.Model(inputs, shared(inputs) + shared(2.0 * inputs))
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    x = np.random.default_rng(0).normal(size=(2, 3, WIDTH)).astype("float32")
+    np.testing.assert_allclose(clone(x), shared(x) + shared(2 * x), rtol=1e-5)
+    assert len(clone.losses) == 4
+
+
+def test_default_names_read_well():
+    keras.backend.clear_session()
+    assert [SparseMoE(4, 8).name for _ in range(2)] == ["sparse_moe", "sparse_moe_1"]
