@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import CROSS_ENTROPY, WIDTH, assign_random_weights, next_words
 from keras.ops import convert_to_numpy as numpy
 from reference_hierarchical import hierarchical_moe
-from test_sparse_moe import CROSS_ENTROPY, assign_random_weights, next_words
 
 from keras_moe import (
     FeedForwardExperts,
@@ -17,7 +17,7 @@ from keras_moe import (
     SparseMoE,
 )
 
-EXAMPLES, WIDTH, HIDDEN = 24, 6, 5
+EXAMPLES, HIDDEN = 24, 5
 KERNELS = ("primary", "secondary", "primary_noise", "secondary_noise")
 
 
