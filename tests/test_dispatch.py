@@ -13,9 +13,8 @@ def routing(expert_index, gates):
 
 
 def test_plan_sorts_by_expert_and_puts_dead_choices_last():
-    plan = dispatch.make_plan(
-        routing([[2, 0], [0, 1], [2, 1]], [[0.5, 0.5], [0.9, 0.1], [1, 0]]), 4
-    )
+    gates = [[0.5, 0.5], [0.9, 0.1], [1, np.nan]]
+    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1]], gates), 4)
     # Rows in order of expert, then of example: 0 of example 0 and of 1, 1 of example 1, 2 of
     # examples 0 and 2. The last choice has no gate: NaN.
     np.testing.assert_array_equal(plan.example, [0, 1, 1, 0, 2, 2])

@@ -250,8 +250,11 @@ def test_mixed_precision_stays_close_to_float32(policy):
         layer.build(x.shape)
     assign_random_weights(full, np.random.default_rng(1))
     mixed.set_weights(full.get_weights())
+    exact = mixed.route(x)
+    # From here on numbers that both can hold, so that both choose the same experts.
     x = x.astype("float16" if policy == "mixed_float16" else tf.bfloat16.as_numpy_dtype)
-    x = x.astype("float32")  # the same numbers for both, so that both choose the same experts
+    x = x.astype("float32")
+    np.testing.assert_array_equal(exact.gates, mixed.route(x).gates)  # `route` rounds as a call
     np.testing.assert_array_equal(mixed.route(x).expert_index, full.route(x).expert_index)
     y_full, _, d_full = gradients(full, x, 1.0, training=False)
     y_mixed, _, d_mixed = gradients(mixed, x, 1.0, training=False)
