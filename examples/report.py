@@ -82,9 +82,6 @@ def plot_perplexity(history, results, path):
     for name, row in results.items():
         label = f"{name}, {row['parameters'] / 1e6:.2f}M parameters"
         axes.plot(history.steps, history.history[f"val_{name}/perplexity"], "o-", label=label)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.set(xlabel="training step", ylabel="validation perplexity")
     axes.set_title("Equal operations per word, equal batches")
     axes.legend()
