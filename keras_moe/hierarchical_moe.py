@@ -194,10 +194,10 @@ class HierarchicalMoE(SparseMoE):
             self.num_groups * self.experts_per_group, hidden_units, _as_pair(k), **kwargs
         )
 
-    def _make_gating(self, gating):
+    def _make_gating(self, gating, k):
         sizes = {"num_groups": self.num_groups, "experts_per_group": self.experts_per_group}
         if gating == "noisy_top_k":
-            return HierarchicalGating(**sizes, k=self.k, seed=self.seed, name="gating")
+            return HierarchicalGating(**sizes, k=k, seed=self.seed, name="gating")
         if not isinstance(gating, keras.layers.Layer):
             raise ValueError(
                 '`gating` must be "noisy_top_k" or a gating layer for the experts of all groups. '

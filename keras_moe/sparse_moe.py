@@ -114,9 +114,8 @@ class SparseMoE(keras.layers.Layer):
         self.supports_masking = True
         self.supports_jit = False  # The number of rows of an expert depends on the data.
 
-        self.k = k
         self._gating_name = gating if isinstance(gating, str) else None
-        self.gating = self._make_gating(gating)
+        self.gating = self._make_gating(gating, k)
         self.k = getattr(self.gating, "k", k)
         self._feed_forward = experts is None
         self.experts = self._make_experts(
@@ -174,9 +173,9 @@ class SparseMoE(keras.layers.Layer):
             )
         return experts
 
-    def _make_gating(self, gating):
+    def _make_gating(self, gating, k):
         if gating == "noisy_top_k":
-            return NoisyTopKGating(self.num_experts, self.k, seed=self.seed, name="gating")
+            return NoisyTopKGating(self.num_experts, k, seed=self.seed, name="gating")
         if gating == "softmax":
             return SoftmaxGating(self.num_experts, name="gating")
         if isinstance(gating, keras.layers.Layer):
