@@ -36,3 +36,13 @@ def next_words(batch=32, length=10):
 
 
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def assert_keeps_no_state(served):
+    """No signature of a SavedModel writes a variable or draws a random number."""
+    for signature in served.signatures.values():
+        graph = signature.graph.as_graph_def()
+        functions = [graph.node, *(function.node_def for function in graph.library.function)]
+        operations = {node.op for nodes in functions for node in nodes}
+        assert "MatMul" in operations
+        assert not {op for op in operations if "Assign" in op or "Random" in op}
