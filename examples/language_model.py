@@ -153,7 +153,8 @@ def train(pair, words, args):
         steps_per_epoch=steps // args.evaluations,
         validation_data=text.batches(words["validation"], args.words_per_batch),
         shuffle=False,  # The batches are shuffled.
-        verbose=1 if sys.stdout.isatty() else 2,
+        callbacks=[report.Progress(list(pair.models), steps)],
+        verbose=0,
     )
     history.steps = (np.array(history.epoch) + 1) * (steps // args.evaluations)
     return history

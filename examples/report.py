@@ -1,11 +1,53 @@
-"""What the language-model example shows: the table, the experts' contexts, the pictures."""
+"""What the language-model example shows: progress, table, contexts of experts, pictures."""
 
+import time
+
+import keras
 import matplotlib
 import numpy as np
 import text
 
 matplotlib.use("Agg")  # Pictures go to files; no screen is needed.
 import matplotlib.pyplot as plt  # noqa: E402
+
+
+class Progress(keras.callbacks.Callback):
+    """Prints a line now and then: with two models Keras' own bar is wider than a terminal.
+
+    Args:
+        names: The models of a `SideBySide`, the mixture first.
+        steps: Training steps in all.
+        every: Steps between two lines.
+    """
+
+    def __init__(self, names, steps, every=50):
+        super().__init__()
+        self.names, self.steps, self.every, self.step = names, steps, every, 0
+
+    def on_train_begin(self, logs=None):
+        self.start = time.time()
+        print(
+            "Perplexity; in training that of the sampled softmax, which is lower than the whole's"
+        )
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.step += 1
+        if self.step % self.every == 0:
+            self._print("training  ", logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._print("validation", logs, prefix="val_")
+
+    def _print(self, part, logs, prefix=""):
+        perplexities = "  ".join(
+            f"{name} {logs[f'{prefix}{name}/perplexity']:6.1f}" for name in self.names
+        )
+        load = logs[f"{prefix}{self.names[0]}/max_over_mean_load"]
+        print(
+            f"{time.time() - self.start:4.0f} s  step {self.step:5,}/{self.steps:,}  {part}  "
+            f"{perplexities}  max/mean load {load:.2f}",
+            flush=True,
+        )
 
 
 def print_table(results):

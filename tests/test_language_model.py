@@ -66,6 +66,17 @@ def test_demo_compares_both_models(demo):
     assert parameters == (f"{4096 + 128 + 256 + 8 * 512:,}", f"{4096 + 128 + 1280:,}")
 
 
+def test_demo_shows_progress(demo):
+    output, _ = demo
+    steps = re.findall(
+        r"step +(\d+)/(\d+)  validation  mixture +\d+\.\d  dense +\d+\.\d  max/mean load \d", output
+    )
+    assert len(steps) == 2  # an evaluation after each half of the steps
+    assert [int(step) for step, _ in steps] == [
+        int(total) // 2 * i for i, (_, total) in enumerate(steps, 1)
+    ]
+
+
 def test_demo_shows_contexts_of_experts(demo):
     output, _ = demo
     assert len(re.findall(r"^expert \d+, [\d,]+ words$", output, flags=re.MULTILINE)) == 3
