@@ -1,5 +1,6 @@
 """The sparsely-gated mixture-of-experts layer."""
 
+import contextlib
 import inspect
 
 import keras
@@ -114,6 +115,7 @@ class SparseMoE(keras.layers.Layer):
         self.supports_masking = True
         self.supports_jit = False  # The number of rows of an expert depends on the data.
 
+        self._record = None
         self._gating_name = gating if isinstance(gating, str) else None
         self.gating = self._make_gating(gating, k)
         self.k = getattr(self.gating, "k", k)
@@ -211,6 +213,8 @@ class SparseMoE(keras.layers.Layer):
         examples, mask = self._flatten(x, mask)
         routing = self.gating(examples, training=training, mask=mask)
         check_routing(routing, self.num_experts)
+        if self._record is not None:
+            self._record(routing)
         plan = dispatch.make_plan(routing, self.num_experts)
         rows = self.experts(dispatch.dispatch(examples, plan), plan.rows_per_expert)
         y = ops.cast(dispatch.combine(rows, routing.gates, plan), self.compute_dtype)
@@ -231,6 +235,30 @@ class SparseMoE(keras.layers.Layer):
             self.build(x.shape)
         examples, mask = self._flatten(x, mask)
         return self.gating(examples, training=training, mask=mask)
+
+    @contextlib.contextmanager
+    def recorded_routings(self):
+        """Collects the `Routing` of every call that a model makes of this layer.
+
+        Call the model eagerly inside (`model(x)`, not `model.predict(x)`): a graph would give
+        symbolic tensors.
+
+        Example:
+        ```python
+        with layer.recorded_routings() as routings:
+            model(x)
+        print(routings[0].load)
+        ```
+
+        Yields:
+            A list, to which each call appends.
+        """
+        routings = []
+        self._record = routings.append
+        try:
+            yield routings
+        finally:
+            self._record = None
 
     def _flatten(self, x, mask):
         """[..., D] and [...] to [T, D] and [T]."""

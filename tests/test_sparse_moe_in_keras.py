@@ -170,6 +170,18 @@ def test_a_layer_shared_by_two_branches_adds_its_losses_twice():
     assert len(clone.losses) == 4
 
 
+def test_routings_inside_a_model_are_recorded():
+    model = language_model()
+    x, _ = next_words()
+    with model.layers[1].recorded_routings() as routings:
+        model(x)
+        model(x[:3])
+    model(x)
+    assert [len(r.gates) for r in routings] == [x.size, x[:3].size]
+    expected = model.layers[1].route(model.layers[0](x), mask=x > 0)
+    np.testing.assert_array_equal(routings[0].gates, expected.gates)
+
+
 def test_default_names_read_well():
     keras.backend.clear_session()
     assert [SparseMoE(4, 8).name for _ in range(2)] == ["sparse_moe", "sparse_moe_1"]
