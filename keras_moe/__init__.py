@@ -1,8 +1,10 @@
 """The sparsely-gated mixture-of-experts layer of Shazeer et al. (2017) for Keras 3."""
 
 from keras_moe import losses
+from keras_moe.balanced_gating import StrictlyBalancedGating
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
+from keras_moe.layer_experts import LayerExperts
 from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
 from keras_moe.sparse_moe import SparseMoE
 
@@ -12,9 +14,11 @@ __all__ = [
     "FeedForwardExperts",
     "HierarchicalGating",
     "HierarchicalMoE",
+    "LayerExperts",
     "NoisyTopKGating",
     "Routing",
     "SoftmaxGating",
     "SparseMoE",
+    "StrictlyBalancedGating",
     "losses",
 ]

@@ -3,11 +3,11 @@
 import operator
 
 
-def check_size(name, value):
+def check_size(name, value, least=1):
     """Returns `value` as an int, or raises ValueError unless it is an integer of at least 1."""
     size = _integer(value)
-    if size is None or size < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1. Received: {value!r}")
+    if size is None or size < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}. Received: {value!r}")
     return size
 
 
@@ -24,9 +24,23 @@ def check_k(k, num_experts):
 
 def check_weight(name, value):
     """Returns `value`, or raises ValueError unless it is a number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+    if not _is_number(value) or not value >= 0:
         raise ValueError(f"`{name}` must be a number, not negative. Received: {value!r}")
     return value
+
+
+def check_capacity_factor(value):
+    """Returns `value`, or raises ValueError unless it is `None` or a finite number above 0."""
+    if value is None or _is_number(value) and 0 < value < float("inf"):
+        return value
+    raise ValueError(
+        "`capacity_factor` must be a number above 0, or `None` to drop nothing. "
+        f"Received: {value!r}"
+    )
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _integer(value):

@@ -1,81 +1,144 @@
-"""The way of the rows to their experts and back. All code that needs TensorFlow itself is here.
+"""The way of the rows to their experts and back.
 
 Every example has K choices, so T examples make T·K rows. `make_plan` sorts them by expert;
-`dispatch` brings the rows into that order, `split` cuts it into one piece per expert, `join` undoes
-the cut. `combine` sums the rows of each example, weighted by the gates; `collect` brings them back
-as they are. Rows of choices that count for nothing (gate 0) stand at the end and belong to no
-expert. As the order is a permutation of all T·K rows, each gradient is again a gather: nothing is
-scattered and nothing is sparse.
+`dispatch` brings the rows into that order, `combine` sums the rows of each example, weighted by the
+gates; `collect` brings them back as they are. An order is always a permutation, or part of one, so
+each gradient is again a gather: nothing is scattered and nothing is sparse.
+
+There are two layouts. Without a capacity the rows stand close together, and those of choices that
+count for nothing (gate 0) at the end, where they belong to no expert. With a capacity every expert
+has C places, filled from the first; what finds no place is dropped and combines to zero.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 
 class Plan(NamedTuple):
-    """Where each row goes.
+    """Where each row goes. R rows: T·K without a capacity, N·C with one.
 
     Attributes:
-        example: int32 [T·K], the example that each sorted row is a copy of.
-        choice: int32 [T·K], which of all choices (example·K + k) each sorted row is.
-        position: int32 [T, K], where each choice stands among the sorted rows.
-        rows_per_expert: int32 [N].
+        example: int32 [R], the example that each row is a copy of.
+        choice: int32 [R], which of all choices (example·K + k) each row is.
+        position: int32 [T, K], the row of each choice.
+        rows_per_expert: int32 [N], the rows of each expert that are not empty.
+        capacity: C, an integer or int32 scalar; `None` without a capacity.
+        filled: bool [R], `False` for an empty place; `None` without a capacity.
+        kept: bool [T, K], whether the choice has a row; `None` without a capacity.
+        fraction_dropped: float32 scalar, the part of the choices that found no place; `None`
+            without a capacity.
     """
 
-    example: tf.Tensor
-    choice: tf.Tensor
-    position: tf.Tensor
-    rows_per_expert: tf.Tensor
+    example: Any
+    choice: Any
+    position: Any
+    rows_per_expert: Any
+    capacity: Any = None
+    filled: Any = None
+    kept: Any = None
+    fraction_dropped: Any = None
 
 
-def make_plan(routing, num_experts):
-    """Sorts the choices of a `Routing` by expert; earlier examples come first.
+def expert_capacity(factor, k, num_examples, num_experts):
+    """C = min(T, ceil(factor·K·T / N)), the most rows of an expert.
+
+    Args:
+        factor: The capacity factor.
+        k: K.
+        num_examples: T, an integer, or an int32 scalar where the shape is not known yet.
+        num_experts: N.
+
+    Returns:
+        An integer or an int32 scalar, as `num_examples`.
+    """
+    even_share = tf.cast(num_examples, tf.float64) * (factor * k) / num_experts
+    capacity = tf.minimum(tf.cast(tf.math.ceil(even_share), tf.int32), num_examples)
+    known = tf.get_static_value(capacity)
+    return capacity if known is None else int(known)
+
+
+def make_plan(routing, num_experts, capacity=None):
+    """Sorts the choices of a `Routing` by expert.
+
+    Of one expert's rows the first choices come first, then the second choices and so on; among
+    those, earlier examples come first. So that is who gets a place where places are short.
 
     Args:
         routing: A `Routing` of T examples with K choices each.
         num_experts: N.
+        capacity: C, the most rows of an expert, an integer or int32 scalar; `None` for any number.
 
     Returns:
         A `Plan`.
     """
-    k = routing.expert_index.shape[1]
+    num_examples, k = _sizes(routing.expert_index)
     # Not `gates == 0`: an example with NaN gates reaches no expert either.
     expert = tf.where(routing.gates > 0, routing.expert_index, num_experts)
-    expert = tf.reshape(expert, [-1])
-    choice = tf.argsort(expert, stable=True)
-    position = tf.reshape(tf.math.invert_permutation(choice), [-1, k])
+    expert = tf.reshape(tf.transpose(expert), [-1])  # all first choices, then all second ones, …
+    order = tf.argsort(expert, stable=True)
     counts = tf.math.bincount(expert, minlength=num_experts + 1, maxlength=num_experts + 1)
     rows_per_expert = tf.ensure_shape(counts[:num_experts], [num_experts])
-    return Plan(choice // k, choice, position, rows_per_expert)
+    place = tf.math.invert_permutation(order)  # of each choice, among the sorted ones
+
+    if capacity is None:
+        example, choice = _example_and_choice(order, num_examples, k)
+        return Plan(example, choice, _per_example(place, k), rows_per_expert)
+
+    first = tf.cumsum(counts, exclusive=True)
+    rank = place - tf.gather(first, expert)
+    kept = tf.logical_and(expert < num_experts, rank < capacity)
+    position = tf.where(kept, expert * capacity + rank, 0)
+    within = tf.range(capacity)
+    filled = within < rows_per_expert[:, None]  # [N, C]
+    source = tf.where(filled, first[:num_experts, None] + within, 0)
+    example, choice = _example_and_choice(
+        tf.gather(order, tf.reshape(source, [-1])), num_examples, k
+    )
+    num_kept, num_alive = tf.math.count_nonzero(kept), tf.reduce_sum(rows_per_expert)
+    fraction_kept = tf.cast(num_kept, tf.float32) / tf.cast(tf.maximum(num_alive, 1), tf.float32)
+    return Plan(
+        example,
+        choice,
+        _per_example(position, k),
+        tf.minimum(rows_per_expert, capacity),
+        capacity,
+        tf.reshape(filled, [-1]),
+        _per_example(kept, k),
+        tf.where(num_alive > 0, 1.0 - fraction_kept, 0.0),
+    )
 
 
 def dispatch(x, plan):
-    """Copies each example once per choice, sorted by expert.
+    """Copies each example to the rows of its choices.
 
     Args:
         x: Float tensor [T, D].
         plan: A `Plan`.
 
     Returns:
-        Float tensor [T·K, D].
+        Float tensor [T·K, D], sorted by expert; with a capacity [N, C, D], zeros in empty places.
     """
 
     @tf.custom_gradient
     def gather(x):
         def gradient(upstream):
-            return _sum_over_choices(upstream, plan.position)
+            return _sum_over_choices(upstream, plan)
 
-        return tf.gather(x, plan.example), gradient
+        return take(x, plan.example, plan.filled), gradient
 
-    return gather(x)
+    rows = gather(x)
+    if plan.capacity is None:
+        return rows
+    num_experts = plan.rows_per_expert.shape[0]
+    return tf.reshape(rows, [num_experts, plan.capacity, x.shape[-1]])
 
 
 def combine(rows, gates, plan):
     """Sums the rows of each example, weighted by its gates (equation 1).
 
     Args:
-        rows: Float tensor [T·K, D], sorted by expert.
+        rows: Float tensor [T·K, D] or [N, C, D], as `dispatch` laid them out.
         gates: float32 tensor [T, K].
         plan: A `Plan`.
 
@@ -87,19 +150,19 @@ def combine(rows, gates, plan):
     def weighted_sum(rows, gates):
         def gradient(upstream):
             # Both gradients need the upstream row of each choice, in the order of the rows.
-            per_row = tf.gather(upstream, plan.example)
+            per_row = take(upstream, plan.example, plan.filled)
             weight = tf.gather(tf.reshape(gates, [-1]), plan.choice)
             per_choice = tf.reduce_sum(
                 tf.cast(per_row, gates.dtype) * tf.cast(rows, gates.dtype), axis=-1
             )
             return (
                 per_row * tf.cast(weight, rows.dtype)[:, None],
-                tf.gather(per_choice, plan.position),
+                take(per_choice, plan.position, plan.kept),
             )
 
-        return _sum_over_choices(rows, plan.position, tf.cast(gates, rows.dtype)), gradient
+        return _sum_over_choices(rows, plan, tf.cast(gates, rows.dtype)), gradient
 
-    return weighted_sum(rows, gates)
+    return weighted_sum(tf.reshape(rows, [-1, rows.shape[-1]]), gates)
 
 
 def collect(rows, plan):
@@ -107,58 +170,80 @@ def collect(rows, plan):
 
     Args:
         rows: Float tensor [T·K, D], sorted by expert.
-        plan: A `Plan`.
+        plan: A `Plan` without a capacity.
 
     Returns:
         Float tensor [T·K, D]: row t·K + k is that of choice k of example t.
     """
+    return rearrange(rows, tf.reshape(plan.position, [-1]), plan.choice)
+
+
+def rearrange(x, index, inverse, filled=None, kept=None):
+    """Gathers the rows of `x`; the gradient gathers by the inverse.
+
+    Args:
+        x: Tensor [A, D].
+        index: int32 [B], the row of `x` that each row of the result is.
+        inverse: int32 [A], the row of the result that each row of `x` became.
+        filled: bool [B] or `None`; zeros where `False`.
+        kept: bool [A] or `None`; `False` for a row of `x` that the result leaves out.
+
+    Returns:
+        Tensor [B, D].
+    """
 
     @tf.custom_gradient
-    def gather(rows):
+    def gather(x):
         def gradient(upstream):
-            return tf.gather(upstream, plan.choice)
+            return take(upstream, inverse, kept)
 
-        return tf.gather(rows, tf.reshape(plan.position, [-1])), gradient
+        return take(x, index, filled), gradient
 
-    return gather(rows)
-
-
-def split(rows, rows_per_expert):
-    """Cuts sorted rows into one piece per expert.
-
-    Args:
-        rows: Tensor [M, D], sorted by expert.
-        rows_per_expert: int32 [N], their sum at most M.
-
-    Returns:
-        A list of N tensors [rows of that expert, D], then the rest, which belongs to no expert.
-    """
-    rest = tf.shape(rows)[0] - tf.reduce_sum(rows_per_expert)
-    sizes = tf.concat([rows_per_expert, rest[None]], axis=0)
-    return tf.split(rows, sizes, num=sizes.shape[0])
+    return gather(x)
 
 
-def join(pieces, rest):
-    """Undoes `split`; the rest, which no expert has seen, becomes zeros.
-
-    Args:
-        pieces: A list of N tensors [rows of that expert, D].
-        rest: Tensor [R, any], the last piece that `split` returned.
-
-    Returns:
-        Tensor [M, D].
-    """
-    width = pieces[0].shape[-1]
-    zeros = tf.zeros([tf.shape(rest)[0], width], pieces[0].dtype)
-    return tf.concat([*pieces, zeros], axis=0)
+def take(x, index, valid=None):
+    """x[index] along the first axis, zeros where `valid` is `False` (whatever is in `x` there)."""
+    taken = tf.gather(x, index)
+    if valid is None:
+        return taken
+    valid = tf.reshape(valid, [*valid.shape, *[1] * (len(taken.shape) - len(valid.shape))])
+    return tf.where(valid, taken, tf.zeros([], taken.dtype))
 
 
-def _sum_over_choices(rows, position, weights=None):
+def _sum_over_choices(rows, plan, weights=None):
     """Sum over k of rows[position[:, k]], each times weights[:, k]: K gathers, no scatter."""
-    total = None
-    for k in range(position.shape[1]):
-        term = tf.gather(rows, position[:, k])
-        if weights is not None:
-            term *= weights[:, k, None]
-        total = term if total is None else total + term
+
+    def term(k):
+        kept = None if plan.kept is None else plan.kept[:, k]
+        taken = take(rows, plan.position[:, k], kept)
+        return taken if weights is None else taken * weights[:, k, None]
+
+    if plan.position.shape[1] is not None:
+        return sum((term(k) for k in range(1, plan.position.shape[1])), start=term(0))
+    # The gating decides K anew for every batch.
+    start = tf.zeros([tf.shape(plan.position)[0], rows.shape[-1]], rows.dtype)
+    _, total = tf.while_loop(
+        lambda k, _: k < tf.shape(plan.position)[1],
+        lambda k, total: (k + 1, total + term(k)),
+        (0, start),
+    )
     return total
+
+
+def _sizes(expert_index):
+    """T and K, as integers where they are known."""
+    shape = tf.shape(expert_index)
+    return [shape[i] if size is None else size for i, size in enumerate(expert_index.shape)]
+
+
+def _example_and_choice(index, num_examples, k):
+    """Example t and choice t·K + k of each index k·T + t."""
+    num_examples = tf.maximum(num_examples, 1)  # There may be no example, and no index then.
+    example = index % num_examples
+    return example, example * k + index // num_examples
+
+
+def _per_example(values, k):
+    """[K·T], all first choices first, to [T, K]."""
+    return tf.transpose(tf.reshape(values, [k, -1]))

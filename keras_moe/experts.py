@@ -2,15 +2,32 @@
 
 A bank is a Keras layer called with `rows` [M, D], sorted by expert, and `rows_per_expert` [N]; it
 returns [M, output_dim]. Each expert computes its own rows and no others; rows behind the last
-expert's belong to none and come back as zeros.
+expert's belong to none and come back as zeros. Where every expert has C rows the bank is called
+with `rows` [N, C, D] alone and returns [N, C, output_dim].
 """
 
+import inspect
+
 import keras
-import numpy as np
 from keras import ops
 
-from keras_moe import dispatch
+from keras_moe import grouped
 from keras_moe.arguments import check_size
+from keras_moe.initializers import PerExpert
+
+# Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
+GATED_ACTIVATIONS = {
+    "glu": "sigmoid",
+    "bilinear": "linear",
+    "reglu": "relu",
+    "geglu": "gelu",
+    "swiglu": "silu",
+}
+
+
+def is_bank(layer):
+    """Whether a layer follows the protocol of banks, and isn't to be cloned into one."""
+    return "rows_per_expert" in inspect.signature(layer.call).parameters
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -21,25 +38,34 @@ class FeedForwardExperts(keras.layers.Layer):
         num_experts: N, the number of experts.
         hidden_units: Integer F, or a sequence of integers for several hidden layers.
         output_dim: Width of the output. Defaults to the width of the input.
-        activation: Activation of the hidden layers, as in `keras.layers.Dense`.
+        activation: Activation of the hidden layers, as in `keras.layers.Dense`; or `"swiglu"`,
+            `"geglu"`, `"reglu"`, `"glu"` or `"bilinear"` for gated hidden layers: the first half
+            of x·W goes through silu, gelu, relu, sigmoid or nothing and is multiplied by the other
+            half.
         use_bias: Whether each layer of an expert adds a bias.
         kernel_initializer: Initializer of each expert's matrices [D, F], …: every expert is drawn
             for itself, with the fans of its own matrix.
         bias_initializer: Initializer of each expert's biases.
         kernel_regularizer: Regularizer of the kernels.
         bias_regularizer: Regularizer of the biases.
+        recompute: Whether the backward pass computes the hidden activations again instead of
+            storing them (appendix D): memory for time.
+        static_shapes: Whether to compute in shapes that the shape of `rows` alone determines, as
+            XLA needs them: in blocks of rows, each with a copy of its expert's kernels, at up to
+            twice the operations.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Attributes:
         kernels: List of variables [N, D, F], …, [N, F, output_dim], one per layer of an expert.
+            Those of a gated hidden layer have 2·F columns.
         biases: List of variables [N, F], …, [N, output_dim]; empty without `use_bias`.
 
     Call arguments:
-        rows: Float tensor [M, D], sorted by expert.
-        rows_per_expert: int32 [N], their sum at most M.
+        rows: Float tensor [M, D], sorted by expert, or [N, C, D].
+        rows_per_expert: int32 [N], their sum at most M; `None` with [N, C, D].
 
     Returns:
-        Float tensor [M, output_dim] in the compute dtype.
+        Float tensor [M, output_dim] or [N, C, output_dim] in the compute dtype.
 
     Raises:
         ValueError: If `num_experts`, an entry of `hidden_units` or `output_dim` is not an integer
@@ -57,51 +83,75 @@ class FeedForwardExperts(keras.layers.Layer):
         bias_initializer="zeros",
         kernel_regularizer=None,
         bias_regularizer=None,
+        recompute=False,
+        static_shapes=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.num_experts = check_size("num_experts", num_experts)
         self.hidden_units = _check_hidden_units(hidden_units)
         self.output_dim = None if output_dim is None else check_size("output_dim", output_dim)
-        self.activation = keras.activations.get(activation)
+        self._gated = activation if _is_gated(activation) else None
+        self.activation = keras.activations.get(GATED_ACTIVATIONS.get(self._gated, activation))
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.recompute = recompute
+        self.static_shapes = static_shapes
+        self.supports_jit = static_shapes
 
     def build(self, input_shape):
         sizes = [input_shape[-1], *self.hidden_units, self.output_dim or input_shape[-1]]
-        self.kernels = [
-            self.add_weight(
-                name=f"kernel_{i}",
-                shape=(self.num_experts, *shape),
-                initializer=_PerExpert(self.kernel_initializer, layer=i),
-                regularizer=self.kernel_regularizer,
+        self.kernels, self.biases = [], []
+        for i, (width, units) in enumerate(zip(sizes, sizes[1:], strict=False)):
+            halves = 2 if self._gated and i < len(self.hidden_units) else 1
+            self.kernels.append(
+                self.add_weight(
+                    name=f"kernel_{i}",
+                    shape=(self.num_experts, width, halves * units),
+                    initializer=PerExpert(self.kernel_initializer, i, halves),
+                    regularizer=self.kernel_regularizer,
+                )
             )
-            for i, shape in enumerate(zip(sizes, sizes[1:], strict=False))
-        ]
-        self.biases = [
-            self.add_weight(
-                name=f"bias_{i}",
-                shape=(self.num_experts, units),
-                initializer=_PerExpert(self.bias_initializer, layer=i),
-                regularizer=self.bias_regularizer,
-            )
-            for i, units in enumerate(sizes[1:] if self.use_bias else [])
-        ]
-
-    def call(self, rows, rows_per_expert):
-        *pieces, rest = dispatch.split(rows, rows_per_expert)
-        for i, bank in enumerate(self.kernels):
-            if i > 0:
-                pieces = [self.activation(piece) for piece in pieces]
-            kernels = ops.unstack(bank)
-            pieces = [ops.matmul(p, kernel) for p, kernel in zip(pieces, kernels, strict=True)]
             if self.use_bias:
-                biases = ops.unstack(self.biases[i])
-                pieces = [p + bias for p, bias in zip(pieces, biases, strict=True)]
-        return dispatch.join(pieces, rest)
+                self.biases.append(
+                    self.add_weight(
+                        name=f"bias_{i}",
+                        shape=(self.num_experts, halves * units),
+                        initializer=PerExpert(self.bias_initializer, i, halves),
+                        regularizer=self.bias_regularizer,
+                    )
+                )
+
+    def call(self, rows, rows_per_expert=None):
+        # One row per expert's bias, so that it can be added to rows and to blocks of rows.
+        banks = [
+            *map(ops.convert_to_tensor, self.kernels),
+            *[ops.expand_dims(bias, axis=1) for bias in self.biases],
+        ]
+        function = grouped.recomputed(self._feed_forward) if self.recompute else self._feed_forward
+        if rows_per_expert is None:
+            return function(rows, *banks)
+        return grouped.apply(function, rows, rows_per_expert, banks, self.static_shapes)
+
+    def _feed_forward(self, rows, *parameters):
+        """One expert on its rows [M, D], or G of them on theirs [G, M, D]."""
+        kernels, biases = parameters[: len(self.kernels)], parameters[len(self.kernels) :]
+        for i, kernel in enumerate(kernels):
+            if i > 0:
+                rows = self._activate(rows)
+            rows = ops.matmul(rows, kernel)
+            if biases:
+                rows += biases[i]
+        return rows
+
+    def _activate(self, rows):
+        if not self._gated:
+            return self.activation(rows)
+        through, gate = ops.split(rows, 2, axis=-1)
+        return self.activation(through) * gate
 
     def compute_output_shape(self, rows_shape, rows_per_expert_shape=None):
         return (*rows_shape[:-1], self.output_dim or rows_shape[-1])
@@ -112,12 +162,14 @@ class FeedForwardExperts(keras.layers.Layer):
             "num_experts": self.num_experts,
             "hidden_units": self.hidden_units,
             "output_dim": self.output_dim,
-            "activation": keras.activations.serialize(self.activation),
+            "activation": self._gated or keras.activations.serialize(self.activation),
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "recompute": self.recompute,
+            "static_shapes": self.static_shapes,
         }
 
 
@@ -128,25 +180,5 @@ def _check_hidden_units(hidden_units):
     return [check_size("hidden_units", size) for size in sizes]
 
 
-class _PerExpert(keras.initializers.Initializer):
-    """Draws each expert's part of a bank [N, …] by itself.
-
-    An initializer applied to the bank as a whole would take N for the receptive field of a
-    convolution and draw all weights too small by √N.
-    """
-
-    def __init__(self, initializer, layer):
-        self.initializer = initializer
-        self.layer = layer
-
-    def __call__(self, shape, dtype=None):
-        num_experts, *expert_shape = shape
-        seed = getattr(self.initializer, "seed", None)
-        if not isinstance(seed, int):  # Nothing random, or a generator, new at every draw.
-            draws = [self.initializer] * num_experts
-        else:
-            # Keras repeats the values of a seed: each layer of each expert needs its own.
-            seeds = np.random.default_rng([abs(seed), self.layer]).integers(2**31, size=num_experts)
-            config = self.initializer.get_config()
-            draws = [type(self.initializer).from_config({**config, "seed": int(s)}) for s in seeds]
-        return ops.stack([draw(tuple(expert_shape), dtype=dtype) for draw in draws])
+def _is_gated(activation):
+    return isinstance(activation, str) and activation in GATED_ACTIVATIONS

@@ -8,8 +8,9 @@ other: expert j of group i is the leaf i·B + j of A·B.
 import keras
 from keras import ops
 
-from keras_moe import dispatch, losses
+from keras_moe import dispatch, grouped, losses
 from keras_moe.arguments import check_size
+from keras_moe.parts import check_gating, check_number
 from keras_moe.routing import NoisyGating, Routing, make_routing
 from keras_moe.sparse_moe import SparseMoE
 
@@ -35,7 +36,11 @@ class HierarchicalGating(NoisyGating):
         noise: Whether training adds noise, at both levels.
         noise_epsilon: The least standard deviation of the noise, above 0.
         seed: Integer, seed of the noise.
-        **kwargs: Keyword arguments of `keras.layers.Layer`. The dtype is float32 unless given.
+        static_shapes: Whether to compute in shapes that the shape of `x` alone determines, as XLA
+            needs them: at up to twice the operations of the second level.
+        router_z_loss_weight: Weight of the `losses.router_z_loss` of both levels: of the groups'
+            logits, and of the logits within every group that an example receives.
+        **kwargs: Keyword arguments of `keras.layers.Layer`, `dtype` excepted.
 
     Attributes:
         primary: Variable [D, A], W_g of the groups.
@@ -65,6 +70,7 @@ class HierarchicalGating(NoisyGating):
         noise=True,
         noise_epsilon=1e-2,
         seed=None,
+        static_shapes=False,
         **kwargs,
     ):
         num_groups = check_size("num_groups", num_groups)
@@ -80,6 +86,8 @@ class HierarchicalGating(NoisyGating):
         self.num_groups = num_groups
         self.experts_per_group = experts_per_group
         self.k = k
+        self.static_shapes = static_shapes
+        self.supports_jit = static_shapes
 
     def build(self, input_shape):
         primary = (input_shape[-1], self.num_groups)
@@ -92,20 +100,24 @@ class HierarchicalGating(NoisyGating):
 
     def call(self, x, training=None, mask=None):
         noisy = training and self.noise
+        logits = ops.matmul(x, self.primary)
+        self.add_router_z_loss(logits, mask)
         group, gates, chances = self.choose(
             self.k[0],
-            ops.matmul(x, self.primary),
+            logits,
             ops.matmul(x, self.primary_noise) if noisy else None,
         )
         primary = make_routing(group, gates, self.num_groups, mask, chances)
 
         # From here on there is one row for each choice of a group: T·K_primary.
         plan = dispatch.make_plan(primary, self.num_groups)
-        pieces = dispatch.split(dispatch.dispatch(x, plan), plan.rows_per_expert)
+        rows = dispatch.dispatch(x, plan)
+        logits = self._multiply(rows, self.secondary, plan)
+        self.add_router_z_loss(logits, ops.reshape(primary.gates > 0, (-1,)))
         member, gates, chances = self.choose(
             self.k[1],
-            _multiply(pieces, self.secondary, plan),
-            _multiply(pieces, self.secondary_noise, plan) if noisy else None,
+            logits,
+            self._multiply(rows, self.secondary_noise, plan) if noisy else None,
         )
         leaf = ops.reshape(group, (-1, 1)) * self.experts_per_group + member
         gates *= ops.reshape(primary.gates, (-1, 1))
@@ -120,6 +132,17 @@ class HierarchicalGating(NoisyGating):
             importance=losses.importance(gates, leaf, self.num_experts),
             load=ops.reshape(share[:, None] * secondary_load, (-1,)),
         )
+
+    def _multiply(self, rows, kernels, plan):
+        """Each row times the kernel of its group: [T·K_primary, B], in order of the choices."""
+        products = grouped.apply(
+            ops.matmul,
+            rows,
+            plan.rows_per_expert,
+            [ops.convert_to_tensor(kernels)],
+            self.static_shapes,
+        )
+        return dispatch.collect(products, plan)
 
     def _secondary_load(self, primary, leaf, gates, chances):
         """Load_i(X⁽ⁱ⁾)_j of each group i and its expert j, [A, B]."""
@@ -141,6 +164,7 @@ class HierarchicalGating(NoisyGating):
             "num_groups": self.num_groups,
             "experts_per_group": self.experts_per_group,
             "k": self.k,
+            "static_shapes": self.static_shapes,
             **config,
         }
 
@@ -197,19 +221,17 @@ class HierarchicalMoE(SparseMoE):
     def _make_gating(self, gating, k):
         sizes = {"num_groups": self.num_groups, "experts_per_group": self.experts_per_group}
         if gating == "noisy_top_k":
-            return HierarchicalGating(**sizes, k=k, seed=self.seed, name="gating")
-        if not isinstance(gating, keras.layers.Layer):
-            raise ValueError(
-                '`gating` must be "noisy_top_k" or a gating layer for the experts of all groups. '
-                f"Received: {gating!r}"
+            return HierarchicalGating(
+                **sizes,
+                k=k,
+                static_shapes=self.capacity_factor is not None,
+                router_z_loss_weight=self.router_z_loss_weight,
+                seed=self.seed,
+                name="gating",
             )
         for name, size in sizes.items():
-            if getattr(gating, name, size) != size:
-                raise ValueError(
-                    f"The layer has `{name}={size}`, but its part {gating.name!r} is made for "
-                    f"{getattr(gating, name)}. Give both the same `{name}`."
-                )
-        return gating
+            check_number(gating, name, size)
+        return check_gating(gating, '"noisy_top_k"', self.router_z_loss_weight)
 
     def get_config(self):
         config = super().get_config()
@@ -228,12 +250,3 @@ def _as_pair(k):
             f"in each of them. Received: {k!r}"
         )
     return tuple(k)
-
-
-def _multiply(pieces, kernels, plan):
-    """Rows [T·K, B] in the order of the choices: each group's piece times the group's kernel."""
-    *pieces, rest = pieces
-    products = [
-        ops.matmul(p, kernel) for p, kernel in zip(pieces, ops.unstack(kernels), strict=True)
-    ]
-    return dispatch.collect(dispatch.join(products, rest), plan)

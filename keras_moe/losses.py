@@ -90,6 +90,25 @@ def load(clean_logits, noisy_logits, noise_stddev, top_logits):
     return normal_cdf((clean_logits - threshold) / noise_stddev)
 
 
+def router_z_loss(logits, counted=None):
+    """Keeps the logits of a gating small: the mean of logsumexp(x·W_g)² over the examples.
+
+    Zoph et al. (2022, "ST-MoE", arXiv:2202.08906), equation 5.
+
+    Args:
+        logits: Float tensor [T, N], without noise. Examples with NaN or infinity are left out.
+        counted: Boolean tensor [T], `False` for examples to leave out; `None` for all `True`.
+
+    Returns:
+        Float scalar; 0 where no example counts.
+    """
+    squares = ops.square(ops.logsumexp(logits, axis=-1))
+    finite = ops.isfinite(squares)
+    counted = finite if counted is None else ops.logical_and(finite, counted)
+    number = ops.sum(ops.cast(counted, logits.dtype))
+    return ops.sum(ops.where(counted, squares, 0.0)) / ops.maximum(number, 1.0)
+
+
 def normal_cdf(x):
     """Φ, the cumulative distribution function of the standard normal distribution."""
     return 0.5 * (1.0 + ops.erf(x * 0.5**0.5))

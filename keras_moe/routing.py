@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses
-from keras_moe.arguments import check_k, check_size
+from keras_moe.arguments import check_k, check_size, check_weight
 
 
 class Routing(NamedTuple):
@@ -73,20 +73,20 @@ def check_routing(routing, num_experts):
     for field, (dtype, rank) in wanted.items():
         value = getattr(routing, field)
         right = keras.backend.standardize_dtype(value.dtype) == dtype and len(value.shape) == rank
-        # K is known when the graph is built, and N as well.
+        # N is known when the graph is built; K may differ from batch to batch.
         last = routing.expert_index.shape[-1] if rank == 2 else num_experts
-        if not right or value.shape[-1] is None or value.shape[-1] != last:
+        if not right or value.shape[-1] != last:
             raise ValueError(
                 f"`{field}` of a `Routing` to {num_experts} experts must be {dtype} of shape "
-                f"{'[T, K] with K known' if rank == 2 else [num_experts]}. "
+                f"{'[T, K]' if rank == 2 else [num_experts]}. "
                 f"Received: {keras.backend.standardize_dtype(value.dtype)} of shape {value.shape}"
             )
 
 
 class Gating(keras.layers.Layer):
-    """What all gating layers share: the number of experts, and float32."""
+    """What all gating layers share: the number of experts, float32, and the router z-loss."""
 
-    def __init__(self, num_experts, **kwargs):
+    def __init__(self, num_experts, router_z_loss_weight=0.0, **kwargs):
         super().__init__(**{"dtype": "float32", **kwargs})
         if self.dtype_policy.name != "float32":
             raise ValueError(
@@ -94,6 +94,7 @@ class Gating(keras.layers.Layer):
                 f"Received: dtype={self.dtype_policy.name!r}"
             )
         self.num_experts = check_size("num_experts", num_experts)
+        self.router_z_loss_weight = check_weight("router_z_loss_weight", router_z_loss_weight)
         self.input_spec = keras.InputSpec(ndim=2)
         self.supports_masking = True
 
@@ -101,8 +102,17 @@ class Gating(keras.layers.Layer):
         """Adds a kernel that starts at zero: an equal chance for all experts (appendix A)."""
         return self.add_weight(name=name, shape=shape, initializer="zeros")
 
+    def add_router_z_loss(self, logits, counted=None):
+        """Adds the weighted z-loss of logits [T, N] of which `counted` [T] take part."""
+        if self.router_z_loss_weight:
+            self.add_loss(self.router_z_loss_weight * losses.router_z_loss(logits, counted))
+
     def get_config(self):
-        return {**super().get_config(), "num_experts": self.num_experts}
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "router_z_loss_weight": self.router_z_loss_weight,
+        }
 
 
 class NoisyGating(Gating):
@@ -163,6 +173,7 @@ class SoftmaxGating(Gating):
 
     Args:
         num_experts: N, the number of experts.
+        router_z_loss_weight: Weight of `losses.router_z_loss`, not negative.
         **kwargs: Keyword arguments of `keras.layers.Layer`, `dtype` excepted.
 
     Call arguments:
@@ -184,6 +195,7 @@ class SoftmaxGating(Gating):
 
     def call(self, x, training=None, mask=None):
         logits = ops.matmul(x, self.gate_kernel)
+        self.add_router_z_loss(logits, mask)
         gates = _softmax(logits, competing=logits)
         expert_index = ops.broadcast_to(
             ops.arange(self.num_experts, dtype="int32"), ops.shape(gates)
@@ -206,6 +218,7 @@ class NoisyTopKGating(NoisyGating):
         noise: Whether training adds noise. Without it the load is a count, and has no gradient.
         noise_epsilon: The least standard deviation of the noise, above 0.
         seed: Integer, seed of the noise.
+        router_z_loss_weight: Weight of `losses.router_z_loss`, not negative.
         **kwargs: Keyword arguments of `keras.layers.Layer`, `dtype` excepted.
 
     Call arguments:
@@ -233,9 +246,11 @@ class NoisyTopKGating(NoisyGating):
 
     def call(self, x, training=None, mask=None):
         noisy = training and self.noise
+        logits = ops.matmul(x, self.gate_kernel)
+        self.add_router_z_loss(logits, mask)
         expert_index, gates, chances = self.choose(
             self.k,
-            ops.matmul(x, self.gate_kernel),
+            logits,
             ops.matmul(x, self.noise_kernel) if noisy else None,
         )
         return make_routing(expert_index, gates, self.num_experts, mask, chances)

@@ -1,15 +1,15 @@
 """The sparsely-gated mixture-of-experts layer."""
 
 import contextlib
-import inspect
+import math
 
 import keras
 from keras import ops
 
 from keras_moe import dispatch, losses
-from keras_moe.arguments import check_size, check_weight
-from keras_moe.experts import FeedForwardExperts
-from keras_moe.routing import NoisyTopKGating, SoftmaxGating, check_routing
+from keras_moe.arguments import check_capacity_factor, check_size, check_weight
+from keras_moe.parts import check_number, make_experts, make_gating, make_shared_experts
+from keras_moe.routing import check_routing
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -43,19 +43,33 @@ class SparseMoE(keras.layers.Layer):
             several hidden layers. Not with `experts`.
         k: K, the number of experts per example, from 1 to N. `"softmax"` and a gating layer of
             your own have their own.
-        activation: Activation of the experts' hidden layers.
+        activation: Activation of the experts' hidden layers, also a gated one, as `"swiglu"`: see
+            `FeedForwardExperts`.
         output_dim: Width of the output. Defaults to the width of the input.
         use_bias: Whether the experts' layers add biases.
         gating: `"noisy_top_k"` (`NoisyTopKGating`), `"softmax"` (`SoftmaxGating`: every expert
-            computes every example), or a gating layer that supports masking: called with x
-            [T, D], in which masked examples are zeros, `training` and `mask` [T], it returns a
-            `Routing`.
-        experts: A bank of experts to use in place of `FeedForwardExperts`: a layer with an
-            attribute `num_experts`, called with `rows` [M, D], sorted by expert, and
-            `rows_per_expert` [N], that returns [M, output_dim], zeros in the rows behind the
-            last expert's. Its `compute_output_shape` takes the shape of `rows` alone.
+            computes every example), `"strictly_balanced"` (`StrictlyBalancedGating`), or a gating
+            layer that supports masking: called with x [T, D], in which masked examples are zeros,
+            `training` and `mask` [T], it returns a `Routing`.
+        experts: What to use in place of `FeedForwardExperts`: any layer or model, from [rows, D]
+            to [rows, output_dim], of which each expert becomes a clone (`LayerExperts`); or a bank
+            of experts, a layer with an attribute `num_experts`, called with `rows` [M, D], sorted
+            by expert, and `rows_per_expert` [N], that returns [M, output_dim], zeros in the rows
+            behind the last expert's. For a capacity or shared experts it also has to take `rows`
+            [N, C, D] alone. Its `compute_output_shape` takes the shape of `rows` alone.
+        num_shared_experts: Number of experts more that compute every example, beside the N. Their
+            outputs are added as they are.
+        capacity_factor: Bounds the rows of an expert in training at
+            C = ceil(capacity_factor·K·T / N), so that all shapes are static, as XLA and TPUs need
+            them. What finds no place is dropped and adds nothing to the output: later choices
+            before earlier ones, later rows before earlier ones. Evaluation never drops. `None`
+            drops nothing anywhere.
+        recompute: Whether the backward pass computes the experts' hidden activations again instead
+            of storing them (appendix D): memory for time.
         importance_loss_weight: w_importance.
         load_loss_weight: w_load.
+        router_z_loss_weight: Weight of `losses.router_z_loss`, which keeps the gating's logits
+            small.
         kernel_initializer: Initializer of each expert's kernels.
         bias_initializer: Initializer of each expert's biases.
         kernel_regularizer: Regularizer of the experts' kernels.
@@ -66,6 +80,9 @@ class SparseMoE(keras.layers.Layer):
     Attributes:
         gating: The gating layer; `gating.gate_kernel` and `gating.noise_kernel` [D, N].
         experts: The bank of experts; `experts.kernels` is a list of [N, D, F], …, [N, F, D_out].
+        shared_experts: The bank of shared experts, or `None`.
+        supports_jit: Whether the layer compiles under XLA: with a capacity, unless its parts are
+            your own and don't.
 
     Call arguments:
         x: Float tensor of rank 2 to 4, [..., D]: every position is an example. The width D has to
@@ -76,13 +93,13 @@ class SparseMoE(keras.layers.Layer):
 
     Returns:
         Tensor [..., output_dim] in the compute dtype. `losses` then holds the weighted importance
-        loss and load loss, in that order.
+        loss and load loss, in that order, then any other.
 
     Raises:
         ValueError: If a size is not an integer of at least 1, K not between 1 and N, a loss weight
-            negative; if the gating or the bank has another number of experts; if `experts` and
-            `hidden_units` are both given or both missing; if the gating's `Routing`, the mask or
-            the input has a wrong shape.
+            negative, the capacity factor not above 0; if the gating or the bank has another number
+            of experts; if `experts` and `hidden_units` are both given or both missing; if the
+            gating's `Routing`, the mask or the input has a wrong shape.
     """
 
     def __init__(
@@ -96,8 +113,12 @@ class SparseMoE(keras.layers.Layer):
         use_bias=False,
         gating="noisy_top_k",
         experts=None,
+        num_shared_experts=0,
+        capacity_factor=None,
+        recompute=False,
         importance_loss_weight=0.1,
         load_loss_weight=0.1,
+        router_z_loss_weight=0.0,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         kernel_regularizer=None,
@@ -111,17 +132,20 @@ class SparseMoE(keras.layers.Layer):
         self.num_experts = check_size("num_experts", num_experts)
         self.importance_loss_weight = check_weight("importance_loss_weight", importance_loss_weight)
         self.load_loss_weight = check_weight("load_loss_weight", load_loss_weight)
+        self.router_z_loss_weight = check_weight("router_z_loss_weight", router_z_loss_weight)
+        self.num_shared_experts = check_size("num_shared_experts", num_shared_experts, least=0)
+        self.capacity_factor = check_capacity_factor(capacity_factor)
         self.seed = seed
         self.supports_masking = True
-        self.supports_jit = False  # The number of rows of an expert depends on the data.
 
         self._record = None
         self._gating_name = gating if isinstance(gating, str) else None
         self.gating = self._make_gating(gating, k)
         self.k = getattr(self.gating, "k", k)
         self._feed_forward = experts is None
-        self.experts = self._make_experts(
+        self.experts = make_experts(
             experts,
+            self.num_experts,
             hidden_units,
             {
                 "output_dim": output_dim,
@@ -131,19 +155,20 @@ class SparseMoE(keras.layers.Layer):
                 "bias_initializer": bias_initializer,
                 "kernel_regularizer": kernel_regularizer,
                 "bias_regularizer": bias_regularizer,
+                "recompute": recompute,
             },
+            static_shapes=self.capacity_factor is not None,
+            dtype=self.dtype_policy,
         )
         for part in (self.gating, self.experts):
-            if getattr(part, "num_experts", num_experts) != num_experts:
-                raise ValueError(
-                    f"The layer has {num_experts} experts, but its part {part.name!r} is made for "
-                    f"{part.num_experts}. Give both the same `num_experts`."
-                )
+            check_number(part, "num_experts", self.num_experts)
+        self.shared_experts = make_shared_experts(self.experts, self.num_shared_experts)
+        self.supports_jit = self.gating.supports_jit and self.experts.supports_jit
 
-        self._balance = {
-            name: keras.metrics.Mean(name=f"{self.name}/{name}")
-            for name in ("cv_importance", "cv_load", "max_over_mean_load")
-        }
+        names = ["cv_importance", "cv_load", "max_over_mean_load"]
+        if self.capacity_factor is not None:
+            names.append("fraction_dropped")
+        self._balance = {name: keras.metrics.Mean(name=f"{self.name}/{name}") for name in names}
 
     def _default_name(self):
         """Like Keras' own, which would be "sparse_mo_e" and stand in every log."""
@@ -151,39 +176,14 @@ class SparseMoE(keras.layers.Layer):
         number = keras.backend.get_uid(name)
         return name if number == 1 else f"{name}_{number - 1}"
 
-    def _make_experts(self, experts, hidden_units, options):
-        if (hidden_units is None) == (experts is None):
-            raise ValueError(
-                "Give either `hidden_units`, for feed-forward experts, or `experts`, a bank of "
-                f"your own. Received: hidden_units={hidden_units}, experts={experts}"
-            )
-        if experts is None:
-            return FeedForwardExperts(
-                self.num_experts, hidden_units, **options, dtype=self.dtype_policy, name="experts"
-            )
-        if not isinstance(experts, keras.layers.Layer) or not hasattr(experts, "num_experts"):
-            raise ValueError(
-                "`experts` must be a bank: a layer with an attribute `num_experts`. "
-                f"Received: {experts!r}"
-            )
-        defaults = inspect.signature(FeedForwardExperts.__init__).parameters
-        idle = [name for name, value in options.items() if value != defaults[name].default]
-        if idle:
-            raise ValueError(
-                "These arguments describe feed-forward experts; a bank of your own has to be given "
-                f"them itself. Received, beside `experts`: {', '.join(idle)}"
-            )
-        return experts
-
     def _make_gating(self, gating, k):
-        if gating == "noisy_top_k":
-            return NoisyTopKGating(self.num_experts, k, seed=self.seed, name="gating")
-        if gating == "softmax":
-            return SoftmaxGating(self.num_experts, name="gating")
-        if isinstance(gating, keras.layers.Layer):
-            return gating
-        raise ValueError(
-            f'`gating` must be "noisy_top_k", "softmax" or a gating layer. Received: {gating!r}'
+        return make_gating(
+            gating,
+            self.num_experts,
+            k,
+            static_shapes=self.capacity_factor is not None,
+            router_z_loss_weight=self.router_z_loss_weight,
+            seed=self.seed,
         )
 
     def build(self, input_shape):
@@ -196,6 +196,8 @@ class SparseMoE(keras.layers.Layer):
             self.gating(rows)
         if not self.experts.built:
             self.experts(rows, keras.KerasTensor((self.num_experts,), "int32"))
+        if self.shared_experts is not None and not self.shared_experts.built:
+            self.shared_experts(rows, keras.KerasTensor((self.num_shared_experts,), "int32"))
 
     def _check_shape(self, shape):
         if not 2 <= len(shape) <= 4 or shape[-1] is None:
@@ -215,11 +217,33 @@ class SparseMoE(keras.layers.Layer):
         check_routing(routing, self.num_experts)
         if self._record is not None:
             self._record(routing)
-        plan = dispatch.make_plan(routing, self.num_experts)
-        rows = self.experts(dispatch.dispatch(examples, plan), plan.rows_per_expert)
+        plan = dispatch.make_plan(routing, self.num_experts, self._capacity(routing, training))
+        rows = dispatch.dispatch(examples, plan)
+        rows = (
+            self.experts(rows, plan.rows_per_expert)
+            if plan.capacity is None
+            else self.experts(rows)
+        )
         y = ops.cast(dispatch.combine(rows, routing.gates, plan), self.compute_dtype)
-        self._add_balance(routing, training)
+        if self.shared_experts is not None:
+            y += self._call_shared_experts(examples, mask)
+        self._add_balance(routing, plan, training)
         return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
+
+    def _capacity(self, routing, training):
+        """C, the most rows of an expert; `None` for any number."""
+        if self.capacity_factor is None or not training:
+            return None
+        num_examples, k = ops.shape(routing.expert_index)
+        # Of pairs the product; a gating of the user's own need not have the attribute.
+        k = getattr(self.gating, "k", k)
+        k = math.prod(k) if isinstance(k, (tuple, list)) else k
+        return dispatch.expert_capacity(self.capacity_factor, k, num_examples, self.num_experts)
+
+    def _call_shared_experts(self, examples, mask):
+        shape = (self.num_shared_experts, *ops.shape(examples))
+        y = ops.sum(self.shared_experts(ops.broadcast_to(examples, shape)), axis=0)
+        return y if mask is None else ops.where(mask[:, None], y, ops.zeros_like(y))
 
     def route(self, x, training=False, mask=None):
         """Returns the `Routing` of an input, the positions flattened to T examples.
@@ -262,6 +286,11 @@ class SparseMoE(keras.layers.Layer):
 
     def _flatten(self, x, mask):
         """[..., D] and [...] to [T, D] and [T]."""
+        if hasattr(x, "row_splits"):
+            raise ValueError(
+                f"{type(self).__name__} takes no ragged input; give it `x.to_tensor()` and a mask. "
+                f"Received: {type(x).__name__} of shape {x.shape}"
+            )
         x_flat = ops.reshape(x, (-1, x.shape[-1]))
         if mask is None:
             return x_flat, None
@@ -279,7 +308,7 @@ class SparseMoE(keras.layers.Layer):
         # A zero in place of a NaN: 0·NaN would carry it into the gradients.
         return ops.where(mask[:, None], x_flat, ops.zeros_like(x_flat)), mask
 
-    def _add_balance(self, routing, training):
+    def _add_balance(self, routing, plan, training):
         cv2_importance = losses.cv_squared(routing.importance)
         cv2_load = losses.cv_squared(routing.load)
         self.add_loss(self.importance_loss_weight * cv2_importance)
@@ -289,6 +318,8 @@ class SparseMoE(keras.layers.Layer):
         self._balance["cv_importance"].update_state(ops.sqrt(cv2_importance))
         self._balance["cv_load"].update_state(ops.sqrt(cv2_load))
         self._balance["max_over_mean_load"].update_state(losses.max_over_mean(routing.load))
+        if plan.fraction_dropped is not None:
+            self._balance["fraction_dropped"].update_state(plan.fraction_dropped)
 
     def compute_output_shape(self, input_shape):
         width = self.experts.compute_output_shape((None, input_shape[-1]))[-1]
@@ -300,10 +331,14 @@ class SparseMoE(keras.layers.Layer):
             "num_experts": self.num_experts,
             "importance_loss_weight": self.importance_loss_weight,
             "load_loss_weight": self.load_loss_weight,
+            "num_shared_experts": self.num_shared_experts,
+            "capacity_factor": self.capacity_factor,
             "seed": self.seed,
         }
         if self._gating_name:
-            config.update(gating=self._gating_name, k=self.k)
+            config.update(
+                gating=self._gating_name, k=self.k, router_z_loss_weight=self.router_z_loss_weight
+            )
         else:
             config["gating"] = keras.saving.serialize_keras_object(self.gating)
         if not self._feed_forward:
@@ -332,4 +367,5 @@ _FEED_FORWARD_ARGUMENTS = (
     "bias_initializer",
     "kernel_regularizer",
     "bias_regularizer",
+    "recompute",
 )

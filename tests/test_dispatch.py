@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 from hypothesis import strategies as st
 
-from keras_moe import Routing, dispatch
+from keras_moe import Routing, dispatch, grouped
 
 
 def routing(expert_index, gates):
@@ -15,11 +15,11 @@ def routing(expert_index, gates):
 def test_plan_sorts_by_expert_and_puts_dead_choices_last():
     gates = [[0.5, 0.5], [0.9, 0.1], [1, np.nan]]
     plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1]], gates), 4)
-    # Rows in order of expert, then of example: 0 of example 0 and of 1, 1 of example 1, 2 of
-    # examples 0 and 2. The last choice has no gate: NaN.
-    np.testing.assert_array_equal(plan.example, [0, 1, 1, 0, 2, 2])
-    np.testing.assert_array_equal(plan.choice, [1, 2, 3, 0, 4, 5])
-    np.testing.assert_array_equal(plan.position, [[3, 0], [1, 2], [4, 5]])
+    # Rows in order of expert, then of choice, then of example: 0 of example 1, whose first choice
+    # it is, and of 0; 1 of example 1; 2 of examples 0 and 2. The last choice has no gate: NaN.
+    np.testing.assert_array_equal(plan.example, [1, 0, 1, 0, 2, 2])
+    np.testing.assert_array_equal(plan.choice, [2, 1, 3, 0, 4, 5])
+    np.testing.assert_array_equal(plan.position, [[3, 1], [0, 2], [4, 5]])
     np.testing.assert_array_equal(plan.rows_per_expert, [2, 1, 2, 0])
 
 
@@ -35,9 +35,9 @@ def test_every_row_meets_its_expert_and_comes_back(data):
     x = rng.normal(size=(examples, 3)).astype("float32")
     # Expert i multiplies by i + 1, so example t gets x_t · Σ_k gate·(index + 1).
     plan = dispatch.make_plan(routing(index, gates), num_experts)
-    *pieces, rest = dispatch.split(dispatch.dispatch(x, plan), plan.rows_per_expert)
+    *pieces, rest = grouped.split(dispatch.dispatch(x, plan), plan.rows_per_expert)
     assert len(pieces) == num_experts
-    rows = dispatch.join([piece * (i + 1) for i, piece in enumerate(pieces)], rest)
+    rows = grouped.join([piece * (i + 1) for i, piece in enumerate(pieces)], rest)
     y = dispatch.combine(rows, tf.constant(gates, tf.float32), plan)
     np.testing.assert_allclose(
         y, x * (gates * (index + 1)).sum(axis=1, keepdims=True), rtol=1e-5, atol=1e-6

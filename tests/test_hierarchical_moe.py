@@ -468,7 +468,7 @@ def test_kernels_begin_at_zero_and_have_the_documented_shapes():
         ({"experts_per_group": -1}, "`experts_per_group` must be .* Received: -1"),
         ({"gating": "softmax"}, "`gating` must be .*Received: 'softmax'"),
         ({"gating": HierarchicalGating(4, 3)}, "`num_groups=3`.* made for 4"),
-        ({"gating": NoisyTopKGating(8)}, "12 experts, .* made for 8"),
+        ({"gating": NoisyTopKGating(8)}, "`num_experts=12`.* made for 8"),
         ({"hidden_units": None}, "either `hidden_units`"),
     ],
 )

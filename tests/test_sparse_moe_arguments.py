@@ -86,13 +86,13 @@ def test_config_carries_a_gating_and_a_bank_of_ones_own():
         ({"num_experts": 4, "hidden_units": 8, "gating": "top"}, "noisy_top_k.*Received: 'top'"),
         (
             {"num_experts": 4, "hidden_units": 8, "gating": keras_moe.NoisyTopKGating(8)},
-            "4 experts, .* made for 8",
+            "`num_experts=4`.* made for 8",
         ),
         (
             {"num_experts": 4, "experts": keras_moe.FeedForwardExperts(5, 8)},
-            "4 experts, .* made for 5",
+            "`num_experts=4`.* made for 5",
         ),
-        ({"num_experts": 4, "experts": keras.layers.Dense(4)}, "attribute `num_experts`"),
+        ({"num_experts": 4, "experts": "dense"}, "must be a Keras layer.*Received: 'dense'"),
         (
             {"num_experts": 4, "experts": keras_moe.FeedForwardExperts(4, 8), "use_bias": True},
             "beside `experts`: use_bias",

@@ -1,0 +1,99 @@
+"""The parts of a mixture of experts, made or checked from the arguments of its layer."""
+
+import inspect
+
+import keras
+
+from keras_moe.balanced_gating import StrictlyBalancedGating
+from keras_moe.experts import FeedForwardExperts, is_bank
+from keras_moe.layer_experts import LayerExperts
+from keras_moe.routing import NoisyTopKGating, SoftmaxGating
+
+
+def make_gating(gating, num_experts, k, static_shapes, router_z_loss_weight, seed):
+    """Returns the gating of a flat layer, by its name or as it is.
+
+    Raises:
+        ValueError: If `gating` is neither a known name nor a layer.
+    """
+    options = {"router_z_loss_weight": router_z_loss_weight, "name": "gating"}
+    if gating == "noisy_top_k":
+        return NoisyTopKGating(num_experts, k, seed=seed, **options)
+    if gating == "softmax":
+        return SoftmaxGating(num_experts, **options)
+    if gating == "strictly_balanced":
+        return StrictlyBalancedGating(num_experts, k, static_shapes=static_shapes, **options)
+    names = '"noisy_top_k", "softmax", "strictly_balanced"'
+    return check_gating(gating, names, router_z_loss_weight)
+
+
+def check_gating(gating, names, router_z_loss_weight):
+    """Returns a gating layer of the user's own.
+
+    Raises:
+        ValueError: If it is no layer, or is to have a z-loss that it alone could compute.
+    """
+    if not isinstance(gating, keras.layers.Layer):
+        raise ValueError(f"`gating` must be {names} or a gating layer. Received: {gating!r}")
+    if router_z_loss_weight:
+        raise ValueError(
+            "A gating layer of your own has to be given `router_z_loss_weight` itself. "
+            f"Received, beside `gating`: {router_z_loss_weight}"
+        )
+    return gating
+
+
+def make_experts(experts, num_experts, hidden_units, options, static_shapes, dtype):
+    """Returns the bank of experts: feed-forward ones, clones of a layer, or a bank as it is.
+
+    Args:
+        experts: `None` for feed-forward experts, a layer to clone, or a bank.
+        num_experts: N.
+        hidden_units: Hidden units of feed-forward experts.
+        options: All other arguments of feed-forward experts, by name.
+        static_shapes: Whether the shapes of feed-forward experts must not depend on the data.
+        dtype: The dtype policy.
+
+    Raises:
+        ValueError: If the arguments contradict each other.
+    """
+    if (hidden_units is None) == (experts is None):
+        raise ValueError(
+            "Give either `hidden_units`, for feed-forward experts, or `experts`, a layer or bank "
+            f"of your own. Received: hidden_units={hidden_units}, experts={experts}"
+        )
+    common = {"dtype": dtype, "name": "experts"}
+    if experts is None:
+        return FeedForwardExperts(
+            num_experts, hidden_units, **options, static_shapes=static_shapes, **common
+        )
+    if not isinstance(experts, keras.layers.Layer):
+        raise ValueError(
+            "`experts` must be a Keras layer: a bank of experts, or what each expert becomes a "
+            f"clone of. Received: {experts!r}"
+        )
+    defaults = inspect.signature(FeedForwardExperts.__init__).parameters
+    idle = [name for name, value in options.items() if value != defaults[name].default]
+    if idle:
+        raise ValueError(
+            "These arguments describe feed-forward experts; experts of your own have to be given "
+            f"them themselves. Received, beside `experts`: {', '.join(idle)}"
+        )
+    return experts if is_bank(experts) else LayerExperts(num_experts, experts, **common)
+
+
+def make_shared_experts(bank, number):
+    """Returns a bank like another, for `number` experts, or `None` for 0."""
+    if number == 0:
+        return None
+    config = {**bank.get_config(), "num_experts": number, "name": "shared_experts"}
+    return type(bank).from_config(config)
+
+
+def check_number(part, name, number):
+    """Raises ValueError if a part is made for another number of experts, or of groups."""
+    if getattr(part, name, number) != number:
+        raise ValueError(
+            f"The layer has `{name}={number}`, but its part {part.name!r} is made for "
+            f"{getattr(part, name)}. Give both the same `{name}`."
+        )
