@@ -1,5 +1,6 @@
 """The oracle's noisy top-k gating and z-loss: values worked out by hand, and definitions."""
 
+import math
 import statistics
 
 import numpy as np
@@ -44,3 +45,22 @@ def test_smooth_load_is_the_probability_of_being_chosen_with_own_noise_redrawn(k
             redrawn = np.where(np.arange(5) == i, draw, normals)
             chosen += i in gating(redrawn).expert_index
         assert gating(normals).load[i] == pytest.approx(chosen / 200, abs=0.5 / 200 + 1e-12)
+
+
+def test_router_z():
+    # Logits x·(ln 3, 0): the sums of their exponentials are 4 for x = 1 and 2 for x = 0.
+    x, gate_kernel = np.array([[1.0], [np.nan], [0.0]]), np.array([[math.log(3.0), 0.0]])
+    z, backward = reference_gating.router_z(x, gate_kernel, [0, 2])
+    assert z == pytest.approx((math.log(4.0) ** 2 + math.log(2.0) ** 2) / 2)
+    # Row 0: 1/2 · 2 · ln 4 · softmax (3/4, 1/4); row 2, with ln 2 and (1/2, 1/2), has x = 0.
+    d_x, d_gate_kernel = backward(1.0)
+    assert_allclose(d_gate_kernel, [[0.75 * math.log(4.0), 0.25 * math.log(4.0)]])
+    expected = np.array([0.75 * math.log(4.0), 0.0, 0.5 * math.log(2.0)]) * math.log(3.0)
+    assert_allclose(d_x.ravel(), expected)
+
+
+def test_router_z_of_nothing():
+    z, backward = reference_gating.router_z(np.ones([2, 1]), np.ones([1, 3]), [])
+    assert z == 0.0
+    for gradient in backward(1.0):
+        assert_array_equal(gradient, 0.0)
