@@ -76,9 +76,9 @@ class StrictlyBalancedGating(Gating):
         total = ops.sum(kept, axis=-1, keepdims=True)
         gates = kept / ops.where(total == 0, 1.0, total)
         most = ops.max(ops.sum(ops.cast(chosen, "int32"), axis=-1), initial=1)
-        order = ops.where(ops.isnan(gates), -1.0, gates)
-        _, expert_index = ops.top_k(order, self.num_experts if self.static_shapes else most)
-        gates = ops.take_along_axis(gates, expert_index, axis=-1)
+        ordered = ops.where(ops.isnan(gates), -1.0, gates)  # NaN has no order.
+        gates, expert_index = ops.top_k(ordered, self.num_experts if self.static_shapes else most)
+        gates = ops.where(gates < 0, float("nan"), gates)
         return make_routing(ops.cast(expert_index, "int32"), gates, self.num_experts, mask)
 
     def _batchwise(self, scores, counted, mask):

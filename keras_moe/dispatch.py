@@ -77,8 +77,9 @@ def make_plan(routing, num_experts, capacity=None):
     expert = tf.where(routing.gates > 0, routing.expert_index, num_experts)
     expert = tf.reshape(tf.transpose(expert), [-1])  # all first choices, then all second ones, …
     order = tf.argsort(expert, stable=True)
-    counts = tf.math.bincount(expert, minlength=num_experts + 1, maxlength=num_experts + 1)
-    rows_per_expert = tf.ensure_shape(counts[:num_experts], [num_experts])
+    # A `bincount` that XLA compiles.
+    counts = tf.math.unsorted_segment_sum(tf.ones_like(expert), expert, num_experts + 1)
+    rows_per_expert = counts[:num_experts]
     place = tf.math.invert_permutation(order)  # of each choice, among the sorted ones
 
     if capacity is None:
@@ -207,7 +208,8 @@ def take(x, index, valid=None):
     taken = tf.gather(x, index)
     if valid is None:
         return taken
-    valid = tf.reshape(valid, [*valid.shape, *[1] * (len(taken.shape) - len(valid.shape))])
+    if len(taken.shape) > len(valid.shape):
+        valid = valid[..., None]
     return tf.where(valid, taken, tf.zeros([], taken.dtype))
 
 

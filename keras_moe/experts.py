@@ -127,10 +127,7 @@ class FeedForwardExperts(keras.layers.Layer):
 
     def call(self, rows, rows_per_expert=None):
         # One row per expert's bias, so that it can be added to rows and to blocks of rows.
-        banks = [
-            *map(ops.convert_to_tensor, self.kernels),
-            *[ops.expand_dims(bias, axis=1) for bias in self.biases],
-        ]
+        banks = [*self.kernels, *[ops.expand_dims(bias, axis=1) for bias in self.biases]]
         function = grouped.recomputed(self._feed_forward) if self.recompute else self._feed_forward
         if rows_per_expert is None:
             return function(rows, *banks)

@@ -20,12 +20,13 @@ def apply(function, rows, rows_per_expert, banks, static_shapes=False):
             rows of another width.
         rows: Float tensor [M, D], sorted by expert.
         rows_per_expert: int32 [N], their sum at most M.
-        banks: List of tensors [N, ...], the experts' parameters.
+        banks: List of tensors or variables [N, ...], the experts' parameters.
         static_shapes: Whether the shapes must not depend on `rows_per_expert`.
 
     Returns:
         Float tensor [M, width]; zeros behind the last expert's rows.
     """
+    banks = [tf.convert_to_tensor(bank) for bank in banks]
     by = _block_by_block if static_shapes else _piece_by_piece
     return by(function, rows, rows_per_expert, banks)
 
@@ -34,7 +35,7 @@ def recomputed(function):
     """Makes the backward pass of a function compute it again instead of storing what is inside.
 
     Args:
-        function: Of float tensors; its result is one float tensor.
+        function: Of float tensors or variables; its result is one float tensor.
 
     Returns:
         A function with the same results and gradients, that keeps its arguments alone.
@@ -51,7 +52,8 @@ def recomputed(function):
 
         return function(first, *others), gradient
 
-    return call
+    # Not variables: a custom gradient would have to answer for each that it reads.
+    return lambda *arguments: call(*map(tf.convert_to_tensor, arguments))
 
 
 def split(rows, rows_per_expert):

@@ -136,11 +136,7 @@ class HierarchicalGating(NoisyGating):
     def _multiply(self, rows, kernels, plan):
         """Each row times the kernel of its group: [T·K_primary, B], in order of the choices."""
         products = grouped.apply(
-            ops.matmul,
-            rows,
-            plan.rows_per_expert,
-            [ops.convert_to_tensor(kernels)],
-            self.static_shapes,
+            ops.matmul, rows, plan.rows_per_expert, [kernels], self.static_shapes
         )
         return dispatch.collect(products, plan)
 
