@@ -4,6 +4,7 @@ from keras_moe import losses
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
 from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
+from keras_moe.saving import load_weights
 from keras_moe.sparse_moe import SparseMoE
 
 __version__ = "0.1.0"
@@ -16,5 +17,6 @@ __all__ = [
     "Routing",
     "SoftmaxGating",
     "SparseMoE",
+    "load_weights",
     "losses",
 ]

@@ -11,10 +11,11 @@ from keras import ops
 
 from keras_moe import dispatch
 from keras_moe.arguments import check_size
+from keras_moe.saving import CheckedVariables
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class FeedForwardExperts(keras.layers.Layer):
+class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
     """Feed-forward experts (section 4 of the paper): hidden layers, then a linear output layer.
 
     Args:
@@ -105,6 +106,20 @@ class FeedForwardExperts(keras.layers.Layer):
 
     def compute_output_shape(self, rows_shape, rows_per_expert_shape=None):
         return (*rows_shape[:-1], self.output_dim or rows_shape[-1])
+
+    def expert_axis(self, variable):
+        return 0
+
+    def expert_weights(self, i):
+        """The weights of expert i alone: a list of NumPy arrays, kernels first, then biases."""
+        return [ops.convert_to_numpy(weight[i]) for weight in self.weights]
+
+    def assign_expert(self, i, weights):
+        """Gives expert i other weights, in the form that `expert_weights` returns."""
+        for weight, value in zip(self.weights, weights, strict=True):
+            bank = np.array(ops.convert_to_numpy(weight))
+            bank[i] = value
+            weight.assign(bank)
 
     def get_config(self):
         return {

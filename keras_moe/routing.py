@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.arguments import check_k, check_size
+from keras_moe.saving import CheckedVariables
 
 
 class Routing(NamedTuple):
@@ -83,7 +84,7 @@ def check_routing(routing, num_experts):
             )
 
 
-class Gating(keras.layers.Layer):
+class Gating(CheckedVariables, keras.layers.Layer):
     """What all gating layers share: the number of experts, and float32."""
 
     def __init__(self, num_experts, **kwargs):
@@ -100,6 +101,9 @@ class Gating(keras.layers.Layer):
     def add_kernel(self, name, *shape):
         """Adds a kernel that starts at zero: an equal chance for all experts (appendix A)."""
         return self.add_weight(name=name, shape=shape, initializer="zeros")
+
+    def expert_axis(self, variable):
+        return {"gate_kernel": 1, "noise_kernel": 1, "thresholds": 0}.get(variable.name)
 
     def get_config(self):
         return {**super().get_config(), "num_experts": self.num_experts}
