@@ -1,10 +1,10 @@
 """Weight files: nothing damaged and nothing of another shape gets into a layer."""
 
-import warnings
+import os
+import tempfile
 import zipfile
 import zlib
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -107,16 +107,16 @@ class CheckedVariables:
 def load_weights(model, filepath):
     """Loads a weight file completely or not at all.
 
-    `model.load_weights` assigns layer by layer. It raises an error when the file is cut off, when
-    a shape is wrong, or when the bytes of a gating or of a bank of experts do not match their
-    checksums, and leaves each such layer as it was; but it loads all other layers, so that the
-    model is a mixture of two. This function goes through the file once without assigning, with
-    all of the same checks, and then loads it: after an error no variable of the model, nor of its
-    optimizer, has changed. It reads the file twice and needs no memory for a second copy.
+    `model.load_weights` raises an error when the file is cut off, when a shape is wrong, or when
+    the bytes of a gating or of a bank of experts do not match their checksums. Such a layer stays
+    as it was, but Keras loads all others, and leaves a mixture of two models behind. After an
+    error of this function every weight of the model and every variable of its optimizer is what
+    it was before: they are saved to a temporary file first, and put back. Memory holds no second
+    copy of them, but the folder for temporary files needs the room.
 
-    Of a `.keras` file it also verifies the checksums of the archive, which cover every layer. A
-    `.weights.h5` has checksums for the layers of keras_moe alone: in it, a flipped bit of another
-    layer's weights cannot be told from a weight.
+    Of a `.keras` file the checksums of the archive, which cover every layer, are verified as well.
+    A `.weights.h5` has checksums for the layers of keras_moe alone: a flipped bit in the weights
+    of another layer makes another weight, and no error.
 
     Example:
     ```python
@@ -124,7 +124,7 @@ def load_weights(model, filepath):
     ```
 
     Args:
-        model: A built model, or a layer model-like enough to have `load_weights`.
+        model: A built model.
         filepath: Path of a file that `model.save_weights` or `model.save` has written.
 
     Raises:
@@ -133,26 +133,27 @@ def load_weights(model, filepath):
         OSError: If the file cannot be opened or read, as one that is cut off.
         zipfile.BadZipFile: If a `.keras` file is damaged.
     """
-    if zipfile.is_zipfile(filepath):
-        with zipfile.ZipFile(filepath) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(
-                f"The file is damaged: {damaged!r} does not match its checksum in the archive. "
-                f"Take another copy of the file. Received: {filepath}"
-            )
-    with _WithoutAssigning():
-        model.load_weights(filepath)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Whatever there is to warn of, the first pass has.
-        model.load_weights(filepath)
+    if str(filepath).endswith(".keras"):
+        _check_archive(filepath)
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.path.join(folder, "before.weights.h5")
+        model.save_weights(before)
+        try:
+            model.load_weights(filepath)
+        except BaseException:  # An interrupt, too, would leave half of a file loaded.
+            model.load_weights(before)
+            raise
 
 
-class _WithoutAssigning(keras.StatelessScope):
-    """Lets `variable.assign` check the value and forget it."""
-
-    def add_update(self, update):
-        pass
+def _check_archive(filepath):
+    # Keras reads the archive piece by piece, whereby Python's zipfile may skip the checksum.
+    with zipfile.ZipFile(filepath) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(
+            f"The file is damaged: {damaged!r} does not match its checksum in the archive. Take "
+            f"another copy of the file. Received: {filepath}"
+        )
 
 
 def _checksum(value):
