@@ -6,6 +6,7 @@ from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
 from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
 from keras_moe.saving import load_weights
 from keras_moe.sparse_moe import SparseMoE
+from keras_moe.surgery import grow, prune, upcycle
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,9 @@ __all__ = [
     "Routing",
     "SoftmaxGating",
     "SparseMoE",
+    "grow",
     "load_weights",
     "losses",
+    "prune",
+    "upcycle",
 ]
