@@ -16,6 +16,9 @@ class CheckedVariables:
 
     A class that a layer inherits from before `keras.layers.Layer`. Files written without checksums
     load as well, their number of variables and shapes checked.
+
+    Attributes:
+        unit: What `expert_axis` counts, for the error messages.
     """
 
     unit = "experts"

@@ -291,6 +291,21 @@ def test_an_error_brings_back_weights_and_optimizer(tmp_path):
     assert bits(model) != before
 
 
+def test_an_interrupt_brings_the_weights_back(tmp_path, monkeypatch):
+    path = tmp_path / "model.weights.h5"
+    make_model(seed=1).save_weights(path)
+    model = make_model()
+    last = model.layers[-1]
+    load = last.load_own_variables
+
+    def interrupted_once(store):
+        monkeypatch.setattr(last, "load_own_variables", load)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(last, "load_own_variables", interrupted_once)
+    assert_refused(keras_moe.load_weights, model, path, KeyboardInterrupt)
+
+
 def test_layers_without_variables_say_so():
     gating = keras_moe.NoisyTopKGating(8, 2)
     gating.build((None, WIDTH))
