@@ -6,7 +6,9 @@ from keras_moe.experts import FeedForwardExperts
 from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
 from keras_moe.layer_experts import LayerExperts
 from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
+from keras_moe.saving import load_weights
 from keras_moe.sparse_moe import SparseMoE
+from keras_moe.surgery import grow, prune, upcycle
 
 __version__ = "0.1.0"
 
@@ -20,5 +22,9 @@ __all__ = [
     "SoftmaxGating",
     "SparseMoE",
     "StrictlyBalancedGating",
+    "grow",
+    "load_weights",
     "losses",
+    "prune",
+    "upcycle",
 ]

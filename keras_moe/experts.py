@@ -14,6 +14,7 @@ from keras import ops
 from keras_moe import grouped
 from keras_moe.arguments import check_size
 from keras_moe.initializers import PerExpert
+from keras_moe.saving import CheckedVariables
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
 GATED_ACTIVATIONS = {
@@ -31,7 +32,7 @@ def is_bank(layer):
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class FeedForwardExperts(keras.layers.Layer):
+class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
     """Feed-forward experts (section 4 of the paper): hidden layers, then a linear output layer.
 
     Args:
@@ -152,6 +153,14 @@ class FeedForwardExperts(keras.layers.Layer):
 
     def compute_output_shape(self, rows_shape, rows_per_expert_shape=None):
         return (*rows_shape[:-1], self.output_dim or rows_shape[-1])
+
+    def expert_axis(self, variable):
+        return 0
+
+    def copy_experts(self, bank, origins):
+        """Makes each expert i a copy of expert origins[i] of another bank."""
+        for new, old in zip(self.weights, bank.weights, strict=True):
+            new.assign(ops.take(old, origins, axis=0))
 
     def get_config(self):
         return {

@@ -62,6 +62,8 @@ class HierarchicalGating(NoisyGating):
             `noise_epsilon` is not above 0.
     """
 
+    unit = "groups"
+
     def __init__(
         self,
         num_groups,
@@ -152,6 +154,10 @@ class HierarchicalGating(NoisyGating):
             ops.reshape(primary.expert_index, (-1,)),
             num_segments=self.num_groups,
         )
+
+    def expert_axis(self, variable):
+        axes = {"primary": 1, "primary_noise": 1, "secondary": 0, "secondary_noise": 0}
+        return axes.get(variable.name)
 
     def get_config(self):
         config = super().get_config()

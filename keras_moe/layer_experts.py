@@ -92,6 +92,11 @@ class LayerExperts(keras.layers.Layer):
             self.build(rows_shape)
         return (*rows_shape[:-1], self.output_dim)
 
+    def copy_experts(self, bank, origins):
+        """Makes each expert i a copy of expert origins[i] of another bank."""
+        for layer, origin in zip(self.layers, origins, strict=True):
+            layer.set_weights(bank.layers[origin].get_weights())
+
     def get_config(self):
         return {**super().get_config(), "num_experts": self.num_experts, "layer": self._template}
 

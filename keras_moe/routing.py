@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.arguments import check_k, check_size, check_weight
+from keras_moe.saving import CheckedVariables
 
 
 class Routing(NamedTuple):
@@ -83,7 +84,7 @@ def check_routing(routing, num_experts):
             )
 
 
-class Gating(keras.layers.Layer):
+class Gating(CheckedVariables, keras.layers.Layer):
     """What all gating layers share: the number of experts, float32, and the router z-loss."""
 
     def __init__(self, num_experts, router_z_loss_weight=0.0, **kwargs):
@@ -106,6 +107,9 @@ class Gating(keras.layers.Layer):
         """Adds the weighted z-loss of logits [T, N] of which `counted` [T] take part."""
         if self.router_z_loss_weight:
             self.add_loss(self.router_z_loss_weight * losses.router_z_loss(logits, counted))
+
+    def expert_axis(self, variable):
+        return {"gate_kernel": 1, "noise_kernel": 1, "thresholds": 0}.get(variable.name)
 
     def get_config(self):
         return {

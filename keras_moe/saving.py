@@ -1,0 +1,163 @@
+"""Weight files: nothing damaged and nothing of another shape gets into a layer."""
+
+import os
+import tempfile
+import zipfile
+import zlib
+
+import numpy as np
+from keras import ops
+
+_CHECKSUMS = "checksums"
+
+
+class CheckedVariables:
+    """Stores the variables of a layer with checksums, and checks all of them before it loads one.
+
+    A class that a layer inherits from before `keras.layers.Layer`. Files written without checksums
+    load as well, their number of variables and shapes checked.
+
+    Attributes:
+        unit: What `expert_axis` counts, for the error messages.
+    """
+
+    unit = "experts"
+
+    def expert_axis(self, variable):
+        """Along which axis a variable has one entry for each expert.
+
+        Args:
+            variable: A variable of the layer.
+
+        Returns:
+            The axis, or `None` for a variable that all experts share.
+        """
+        return None
+
+    def save_own_variables(self, store):
+        checksums = []
+        for key, variable in self._own_variables().items():
+            value = ops.convert_to_numpy(variable)
+            store[key] = value
+            checksums.append(_checksum(value))
+        if checksums:
+            store[_CHECKSUMS] = np.array(checksums, "uint32")
+
+    def load_own_variables(self, store):
+        own = self._own_variables()
+        # Read twice, so that no more than one variable is held in memory beside the layer's own.
+        self._check_store(store, own)
+        for key, variable in own.items():
+            variable.assign(store[key])
+
+    def _own_variables(self):
+        """The variables by the keys that Keras gives them, those of sublayers left out."""
+        own = {}
+        super().save_own_variables(own)
+        return own
+
+    def _check_store(self, store, own):
+        keys = set(store.keys()) - {_CHECKSUMS}
+        if keys != own.keys():
+            names = ", ".join(f"{v.name} {tuple(v.shape)}" for v in own.values())
+            raise ValueError(
+                f"The file and the layer {self.name!r} differ in the number of variables. Build "
+                "the model with the configuration of the saved one before loading. Received: "
+                f"{len(keys)} variables; the layer has {len(own)}{': ' if own else ''}{names}"
+            )
+        if not own:
+            return
+        shapes, checksums = [], []
+        for key in own:
+            value = store[key]
+            shapes.append(value.shape)
+            checksums.append(_checksum(value))
+        self._check_shapes(own.values(), shapes)
+        if _CHECKSUMS in store.keys() and store[_CHECKSUMS].tolist() != checksums:
+            raise ValueError(
+                f"The file is damaged: what it holds for the layer {self.name!r} does not match "
+                "the checksums that were stored with it. Take another copy of the file. Received: "
+                f"checksums {checksums}, stored {store[_CHECKSUMS].tolist()}"
+            )
+
+    def _check_shapes(self, variables, shapes):
+        wrong = [(v, s) for v, s in zip(variables, shapes, strict=True) if tuple(v.shape) != s]
+        if not wrong:
+            return
+        sizes = {self._other_size(variable, shape) for variable, shape in wrong}
+        if None not in sizes and len(sizes) == 1:
+            ((received, wanted),) = sizes
+            raise ValueError(
+                f"The file holds {received} {self.unit}, the layer {self.name!r} has {wanted}. "
+                "Load it into a layer of the same number; keras_moe.grow and keras_moe.prune "
+                "change the number explicitly."
+            )
+        raise ValueError(
+            f"The file holds other shapes than the layer {self.name!r} has. Build the model with "
+            "the configuration of the saved one before loading. Received: "
+            + ", ".join(f"{s} for {v.name} {tuple(v.shape)}" for v, s in wrong)
+        )
+
+    def _other_size(self, variable, shape):
+        """(N of the file, N of the layer) where a shape differs in that alone, else `None`."""
+        axis = self.expert_axis(variable)
+        if axis is None or len(shape) != len(variable.shape):
+            return None
+        resized = (*variable.shape[:axis], shape[axis], *variable.shape[axis + 1 :])
+        return (shape[axis], variable.shape[axis]) if shape == resized else None
+
+
+def load_weights(model, filepath):
+    """Loads a weight file completely or not at all.
+
+    `model.load_weights` raises an error when the file is cut off, when a shape is wrong, or when
+    the bytes of a gating or of a bank of experts do not match their checksums. Such a layer stays
+    as it was, but Keras loads all others, and leaves a mixture of two models behind. After an
+    error of this function every weight of the model and every variable of its optimizer is what
+    it was before: they are saved to a temporary file first, and put back. Memory holds no second
+    copy of them, but the folder for temporary files needs the room.
+
+    Of a `.keras` file the checksums of the archive, which cover every layer, are verified as well.
+    A `.weights.h5` has checksums for the layers of keras_moe alone: a flipped bit in the weights
+    of another layer makes another weight, and no error.
+
+    Example:
+    ```python
+    keras_moe.load_weights(model, "model.weights.h5")
+    ```
+
+    Args:
+        model: A built model.
+        filepath: Path of a file that `model.save_weights` or `model.save` has written.
+
+    Raises:
+        ValueError: If a variable does not match its checksum, or the file has other variables or
+            other shapes than the model.
+        OSError: If the file cannot be opened or read, as one that is cut off.
+        zipfile.BadZipFile: If a `.keras` file is damaged.
+    """
+    if str(filepath).endswith(".keras"):
+        _check_archive(filepath)
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.path.join(folder, "before.weights.h5")
+        model.save_weights(before)
+        try:
+            model.load_weights(filepath)
+        except BaseException:  # An interrupt, too, would leave half of a file loaded.
+            model.load_weights(before)
+            raise
+
+
+def _check_archive(filepath):
+    # Keras reads the archive piece by piece, whereby Python's zipfile may skip the checksum.
+    with zipfile.ZipFile(filepath) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(
+            f"The file is damaged: {damaged!r} does not match its checksum in the archive. Take "
+            f"another copy of the file. Received: {filepath}"
+        )
+
+
+def _checksum(value):
+    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view("uint8"))
