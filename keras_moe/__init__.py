@@ -1,6 +1,6 @@
 """The sparsely-gated mixture-of-experts layer of Shazeer et al. (2017) for Keras 3."""
 
-from keras_moe import losses
+from keras_moe import callbacks, losses
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
 from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
@@ -16,5 +16,6 @@ __all__ = [
     "Routing",
     "SoftmaxGating",
     "SparseMoE",
+    "callbacks",
     "losses",
 ]
