@@ -83,9 +83,7 @@ class ExpertLoadReport(keras.callbacks.Callback):
                 summaries.write_scalar(f"{name}/max_over_mean_load", losses.max_over_mean(rows))
                 summaries.write_scalar(f"{name}/cv_load", losses.cv_squared(rows) ** 0.5)
                 summaries.write_histogram(f"{name}/load", rows)
-                summaries.write_image(
-                    f"{name}/load_over_even_share", summaries.load_picture(self.load[name])
-                )
+                summaries.write_load_picture(f"{name}/load_over_even_share", self.load[name])
         self._writer.flush()
         self._step = step
 
@@ -280,19 +278,13 @@ def _routings(model, x, mixtures):
         Dict from the names to lists with one `Routing` per call of the layer.
     """
     metrics = [(variable, variable.numpy()) for variable in model.metrics_variables]
-    functions_run_eagerly = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)  # Within a `tf.function` of the model's own as well.
-    try:
-        with contextlib.ExitStack() as stack:
-            routings = {
-                name: stack.enter_context(layer.recorded_routings())
-                for name, layer in mixtures.items()
-            }
-            model(x, training=False)
-    finally:
-        tf.config.run_functions_eagerly(functions_run_eagerly)
-        for variable, value in metrics:
-            variable.assign(value)
+    with contextlib.ExitStack() as stack:
+        routings = {
+            name: stack.enter_context(layer.recorded_routings()) for name, layer in mixtures.items()
+        }
+        model(x, training=False)
+    for variable, value in metrics:
+        variable.assign(value)
     return routings
 
 

@@ -37,6 +37,11 @@ _COLOURS = np.array(
 )
 _NO_ROW = (0, 0, 0)
 _LINE = (255, 255, 255)
+_DESCRIPTION = (
+    "Experts from top to bottom, reports from left to right. Red: more rows than the even share, "
+    "up to 4 times and more. Grey: just as many. Blue: fewer, down to a quarter and less. "
+    "Black: none."
+)
 
 
 def write_scalar(tag, value):
@@ -53,19 +58,20 @@ def write_histogram(tag, values):
     _write(tag, np.stack([edges[:-1], edges[1:], counts], axis=-1), "histograms")
 
 
-def write_image(tag, picture):
-    """Writes a picture, a uint8 array [height, width, 3]."""
+def write_load_picture(tag, load):
+    """Writes `load_picture(load)`, and what its colours mean."""
+    picture = load_picture(load)
     height, width, _ = picture.shape
     png = tf.io.encode_png(picture).numpy()
-    _write(tag, [str(width).encode(), str(height).encode(), png], "images")
+    _write(tag, [str(width).encode(), str(height).encode(), png], "images", _DESCRIPTION)
 
 
-def _write(tag, value, plugin):
+def _write(tag, value, plugin, description=""):
     """Writes what `tf.summary.scalar`, `.histogram` and `.image` write at the writer's step.
 
     Those need the package tensorboard, which TensorFlow 2.21 doesn't install; a machine that only
     trains can do without.
     """
-    metadata = tf.compat.v1.SummaryMetadata()
+    metadata = tf.compat.v1.SummaryMetadata(summary_description=description)
     metadata.plugin_data.plugin_name = plugin
     tf.summary.write(tag, value, metadata=metadata)
