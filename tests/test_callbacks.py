@@ -6,13 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import (
-    CROSS_ENTROPY,
-    WIDTH,
-    assign_random_weights,
-    language_model,
-    next_words,
-)
+from helpers import CROSS_ENTROPY, WIDTH, assign_random_weights, language_model, next_words
 from keras import ops
 
 from keras_moe import HierarchicalMoE, Routing, SparseMoE, losses
@@ -189,7 +183,7 @@ def test_all_layers_of_a_subclassed_model_are_counted(tmp_path):
     np.testing.assert_array_equal(one, expected[id(moe)])
     np.testing.assert_array_equal(other, expected[id(wrapped)])
     np.testing.assert_array_equal(report.load["deep"][0], expected[id(deep)])
-    assert [np.sum(rows) for rows in (one, other, report.load["deep"][0])] == [20, 40, 40]
+    assert [np.sum(one), np.sum(other)] == [20, 40]
     assert len(events(tmp_path)) == 3 * 4
 
 
@@ -210,7 +204,8 @@ def test_a_second_fit_goes_on_where_the_first_ended(tmp_path):
     model = language_model()
     model.compile("adam", CROSS_ENTROPY)
     report = ExpertLoadReport(x, tmp_path)
-    model.fit(x, y, epochs=2, verbose=0, callbacks=[report])
+    with tf.summary.record_if(False):  # As the TensorBoard callback may do.
+        model.fit(x, y, epochs=2, verbose=0, callbacks=[report])
     model.fit(x, y, initial_epoch=2, epochs=3, verbose=0, callbacks=[report])
     assert list(events(tmp_path)["moe/load"]) == [0, 1, 2, 3]
     assert report.load["moe"].shape == (4, 8)
