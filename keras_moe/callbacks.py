@@ -249,7 +249,7 @@ class ExpertExamples(keras.callbacks.Callback):
 def _mixtures(model):
     """The `SparseMoE` layers of a model by name, numbered where several have the same."""
     mixtures = {}
-    # Private, but nothing public finds the layers inside of other layers (Keras 3.12 to 3.15).
+    # Private, but nothing public finds the layers inside other layers (checked with Keras 3.15).
     for layer in model._flatten_layers():
         if isinstance(layer, SparseMoE):
             name, number = layer.name, 0
@@ -333,10 +333,10 @@ def _batches(x):
 
 def _check_tokens(x):
     """Tokens as an integer array [B, L]."""
-    tokens = x if isinstance(x, dict) else np.array(x)
-    if isinstance(x, dict) or tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-        received = (
-            f"a dict of {list(x)}" if isinstance(x, dict) else f"{tokens.dtype} {tokens.shape}"
+    tokens = np.array(x)
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            "`x` must be batches of integer tokens [B, L]. Received: "
+            f"{type(x).__name__} of shape {tokens.shape}, dtype {tokens.dtype}"
         )
-        raise ValueError(f"`x` must be batches of integer tokens [B, L]. Received: {received}")
     return tokens

@@ -366,9 +366,9 @@ def test_positions_have_to_be_those_of_the_tokens():
 @pytest.mark.parametrize(
     "x, vocabulary, message",
     [
-        (LINES.astype("float32"), WORDS, r"integer tokens.*float32 \(4, 4\)"),
-        (LINES[0], WORDS, r"integer tokens.*int64 \(4,\)"),
-        ({"tokens": LINES}, WORDS, "integer tokens.*a dict of .'tokens'.$"),
+        (LINES.astype("float32"), WORDS, r"integer tokens.*shape \(4, 4\), dtype float32"),
+        (LINES[0], WORDS, r"integer tokens.*shape \(4,\), dtype int"),
+        ({"tokens": LINES}, WORDS, "integer tokens.*dict of"),
         (LINES, WORDS[:3], "3 words, token [3-6]"),
     ],
 )
