@@ -1,11 +1,10 @@
-"""What the language-model example shows: progress, table, contexts of experts, pictures."""
+"""What the language-model example shows: progress, table, pictures."""
 
 import time
 
 import keras
 import matplotlib
 import numpy as np
-import text
 
 matplotlib.use("Agg")  # Pictures go to files; no screen is needed.
 import matplotlib.pyplot as plt  # noqa: E402
@@ -64,58 +63,6 @@ def _format(number):
     if number is None:
         return "–"
     return f"{number:,}" if isinstance(number, int) else f"{number:.2f}"
-
-
-class ExpertContexts:
-    """Where in a text the experts of a `WordModel` are used.
-
-    Args:
-        model: A `WordModel` whose middle is a `SparseMoE`.
-        sentences: int32 `tf.RaggedTensor` [sentences, (words)] of ids.
-        lookup: The `keras.layers.StringLookup` of the ids.
-
-    Attributes:
-        load: [N], the number of words that each expert computed.
-    """
-
-    def __init__(self, model, sentences, lookup):
-        moe = model.middle
-        self.vocabulary = lookup.get_vocabulary()
-        self.load = np.zeros(moe.num_experts)
-        self.lines, self.line, self.position, self.expert, self.gate = [], [], [], [], []
-        for tokens, _ in text.batches(sentences, words_per_batch=8192):
-            routing = moe.route(model.encode(tokens), mask=tokens != text.PADDING_ID)
-            self.load += routing.load.numpy()
-            expert, gate = np.array(routing.expert_index), np.array(routing.gates)
-            example, choice = np.nonzero(gate)
-            line, position = np.divmod(example, tokens.shape[1])
-            self.line.append(line + len(self.lines))
-            self.position.append(position)
-            self.expert.append(expert[example, choice])
-            self.gate.append(gate[example, choice])
-            self.lines.extend(tokens.numpy())
-
-    def print_best(self, experts, contexts):
-        """Prints the contexts with the largest gates of the experts that are surest of theirs."""
-        line, position, expert, gate = (
-            np.concatenate(parts) for parts in (self.line, self.position, self.expert, self.gate)
-        )
-        best = {}
-        for i in range(len(self.load)):
-            mine = np.flatnonzero(expert == i)
-            best[i] = mine[np.argsort(-gate[mine], kind="stable")][:contexts]
-        surest = sorted(best, key=lambda i: -gate[best[i]].sum())[:experts]
-        for i in surest:
-            print(f"expert {i}, {self.load[i]:,.0f} words")
-            for row in best[i]:
-                print(f"  {gate[row]:.2f}  {self._context(line[row], position[row])}")
-
-    def _context(self, line, position, before=6, after=2):
-        words = [self.vocabulary[token] for token in self.lines[line] if token]
-        start = max(position - before, 1)  # Position 0 is the end of the sentence before.
-        return " ".join(
-            [*words[start:position], f"[{words[position]}]", *words[position + 1 :][:after]]
-        )
 
 
 def plot_perplexity(history, results, path):

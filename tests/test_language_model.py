@@ -79,7 +79,7 @@ def test_demo_shows_progress(demo):
 
 def test_demo_shows_contexts_of_experts(demo):
     output, _ = demo
-    assert len(re.findall(r"^expert \d+, [\d,]+ words$", output, flags=re.MULTILINE)) == 3
+    assert len(re.findall(r"^expert \d+, [\d,]+ tokens$", output, flags=re.MULTILINE)) == 3
     gates = re.findall(r"^  (0\.\d\d|1\.00)  .*\[.+\]", output, flags=re.MULTILINE)
     assert len(gates) == 18
     for i in range(0, 18, 6):

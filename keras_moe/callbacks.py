@@ -1,0 +1,342 @@
+"""Callbacks that show what the experts of a model do: how loaded they are, and with which inputs.
+
+N experts, T examples, K experts chosen per example, as in `routing.py`.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_moe import losses, summaries
+from keras_moe.sparse_moe import SparseMoE
+
+
+class ExpertLoadReport(keras.callbacks.Callback):
+    """Writes the load of the experts during training for TensorBoard.
+
+    Before the first epoch and after each, the model is called on `x`, without training. For every
+    `SparseMoE` in it, the report has
+
+    - the histogram `<layer>/load`: how many experts received how many rows;
+    - the scalars `<layer>/max_over_mean_load` and `<layer>/cv_load`, of all of `x` together;
+    - the picture `<layer>/load_over_even_share`: experts from top to bottom, reports from left to
+      right. Red has more rows than the even share, blue has fewer, and black has none.
+
+    The step of a report is the number of epochs done: 0 before training. (The first epoch of
+    `keras.callbacks.TensorBoard` is 0 as well, but seen at its end.)
+
+    Example:
+    ```python
+    model.fit(x, y, epochs=10, callbacks=[ExpertLoadReport(x_val, "logs")])
+    # pip install tensorboard; tensorboard --logdir logs
+    ```
+
+    Args:
+        x: One batch, an array, a tensor or a dict of them as the model takes it; or a
+            `tf.data.Dataset`, `keras.utils.PyDataset` or list of batches x, (x, y) or
+            (x, y, sample_weight), as `fit` takes them, of which y and sample_weight are not used.
+        log_dir: Folder for the event file.
+
+    Attributes:
+        load: Dict from each layer's name to a float array [reports, N], the rows per expert in
+            every report so far. Where a model calls a layer several times, its calls are summed.
+
+    Raises:
+        ValueError: If `x` can be read only once or never ends, or the model has no `SparseMoE`.
+    """
+
+    def __init__(self, x, log_dir):
+        super().__init__()
+        self.x = _check_batches(x)
+        self.log_dir = str(log_dir)
+        self.load = {}
+        self._step = None
+
+    def on_train_begin(self, logs=None):
+        self._writer = tf.summary.create_file_writer(self.log_dir)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch != self._step:  # Else the epoch before has just reported, maybe in another `fit`.
+            self._report(epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._report(epoch + 1)
+
+    def on_train_end(self, logs=None):
+        self._writer.close()
+
+    def _report(self, step):
+        mixtures = _mixtures(self.model)
+        load = {name: np.zeros(layer.num_experts) for name, layer in mixtures.items()}
+        for x in _batches(self.x):
+            for name, routings in _routings(self.model, x, mixtures).items():
+                for routing in routings:
+                    _, expert, _ = _choices(routing)
+                    load[name] += np.bincount(expert, minlength=len(load[name]))
+        # Under `record_if`, since the TensorBoard callback may have told others to write nothing.
+        with self._writer.as_default(step), tf.summary.record_if(True):
+            for name, rows in load.items():
+                self.load[name] = np.vstack([*self.load.get(name, ()), rows])
+                summaries.write_scalar(f"{name}/max_over_mean_load", losses.max_over_mean(rows))
+                summaries.write_scalar(f"{name}/cv_load", losses.cv_squared(rows) ** 0.5)
+                summaries.write_histogram(f"{name}/load", rows)
+                summaries.write_load_picture(f"{name}/load_over_even_share", self.load[name])
+        self._writer.flush()
+        self._step = step
+
+
+class ExpertExample(NamedTuple):
+    """A token that went to an expert, and the text around it.
+
+    Attributes:
+        gate: The expert's gate at this token.
+        line: Which sequence of all batches the token stands in.
+        position: Where in that sequence.
+        before: Text before the token.
+        token: The token's own text.
+        after: Text behind it.
+    """
+
+    gate: float
+    line: int
+    position: int
+    before: str
+    token: str
+    after: str
+
+
+class ExpertExamples(keras.callbacks.Callback):
+    """Shows the inputs with the largest gates of single experts (Table 9).
+
+    Prints them at the end of training. Without training:
+
+    ```python
+    examples = ExpertExamples(tokens, vocabulary)
+    examples.find(model)
+    examples.print_best()
+    ```
+
+    Args:
+        x: Integer tokens [B, L], or batches of them as in `ExpertLoadReport`.
+        vocabulary: What turns tokens into text: the list of all words, in which "" is shown as
+            nothing, such as `StringLookup.get_vocabulary()`; or a function from a list of integers
+            to a string, such as a tokeniser's `decode`.
+        layer: The `SparseMoE` or its name. Default: the only one of the model.
+        experts: How many experts to print, first those whose examples have the largest gates;
+            `None` prints all.
+        examples: How many examples to keep of each expert.
+        before: Tokens to show before an example.
+        after: Tokens to show behind it.
+        each_epoch: Whether to print at the end of each epoch.
+
+    Attributes:
+        best: List of N lists of `ExpertExample`, the largest gates first.
+        load: Float array [N], the rows per expert.
+
+    Raises:
+        ValueError: If `x` can be read only once, never ends, or is not integer tokens [B, L]; if
+            the layer's positions are not those of the tokens, the model has no such layer, or the
+            vocabulary doesn't have a token.
+    """
+
+    def __init__(
+        self,
+        x,
+        vocabulary,
+        layer=None,
+        *,
+        experts=3,
+        examples=6,
+        before=6,
+        after=2,
+        each_epoch=False,
+    ):
+        super().__init__()
+        self.x = _check_batches(x)
+        self.vocabulary = vocabulary
+        self.layer = layer
+        self.experts = experts
+        self.examples = examples
+        self.before = before
+        self.after = after
+        self.each_epoch = each_epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.each_epoch:
+            self.find(self.model)
+            self.print_best()
+
+    def on_train_end(self, logs=None):
+        if not self.each_epoch:
+            self.find(self.model)
+            self.print_best()
+
+    def find(self, model):
+        """Calls the model on all of `x` without training, and sets `best` and `load`."""
+        name, layer = self._pick(_mixtures(model))
+        self.load = np.zeros(layer.num_experts)
+        best = [[] for _ in self.load]  # of each expert, (gate, line, position, tokens of the line)
+        first_line = 0
+        for x in _batches(self.x):
+            tokens = _check_tokens(x)
+            for routing in _routings(model, x, {name: layer})[name]:
+                if len(routing.gates) != tokens.size:
+                    raise ValueError(
+                        "The positions of the layer must be those of the tokens [B, L], for a gate "
+                        f"to belong to a token. Received: tokens of shape {tokens.shape}, for "
+                        f"which {name!r} routed {len(routing.gates)} examples. Other inputs can be "
+                        "matched by hand, from `SparseMoE.recorded_routings`."
+                    )
+                example, expert, gate = _choices(routing)
+                self.load += np.bincount(expert, minlength=len(self.load))
+                line, position = np.divmod(example, tokens.shape[1])
+                for found, mine in zip(best, _by_expert(expert, gate, len(best)), strict=True):
+                    found += [
+                        (gate[i], first_line + line[i], position[i], tokens[line[i]].tolist())
+                        for i in mine[: self.examples]
+                    ]
+                    found.sort(key=lambda candidate: -candidate[0])
+                    del found[self.examples :]
+            first_line += len(tokens)
+        self.best = [[self._show(*candidate) for candidate in found] for found in best]
+
+    def print_best(self):
+        """Prints the examples of the experts that are surest of theirs."""
+        used = [i for i in range(len(self.best)) if self.best[i]]
+        used.sort(key=lambda i: -sum(example.gate for example in self.best[i]))
+        for i in used[: self.experts]:
+            print(f"expert {i}, {self.load[i]:,.0f} tokens")
+            for gate, _, _, before, token, after in self.best[i]:
+                print(f"  {gate:.2f}  {' '.join(filter(None, (before, f'[{token}]', after)))}")
+
+    def _pick(self, mixtures):
+        """The name and the layer that `layer` means."""
+        if self.layer is None and len(mixtures) == 1:
+            return next(iter(mixtures.items()))
+        for name, layer in mixtures.items():
+            if self.layer is layer or self.layer == name:
+                return name, layer
+        raise ValueError(
+            "`layer` must be a SparseMoE of the model or its name; where there are several, it has "
+            f"to be given. Received: {self.layer!r}, for a model with {', '.join(mixtures)}"
+        )
+
+    def _show(self, gate, line, position, tokens):
+        return ExpertExample(
+            float(gate),
+            int(line),
+            int(position),
+            self._text(tokens[max(position - self.before, 0) : position]),
+            self._text(tokens[position : position + 1]),
+            self._text(tokens[position + 1 : position + 1 + self.after]),
+        )
+
+    def _text(self, tokens):
+        if callable(self.vocabulary):
+            return self.vocabulary(tokens)
+        missing = [token for token in tokens if not 0 <= token < len(self.vocabulary)]
+        if missing:
+            raise ValueError(
+                "The vocabulary must have a word for every token. Received: "
+                f"{len(self.vocabulary)} words, token {missing[0]}"
+            )
+        return " ".join(filter(None, (self.vocabulary[token] for token in tokens)))
+
+
+def _mixtures(model):
+    """The `SparseMoE` layers of a model by name, numbered where several have the same."""
+    mixtures = {}
+    # Private, but nothing public finds the layers inside other layers (checked with Keras 3.15).
+    for layer in model._flatten_layers():
+        if isinstance(layer, SparseMoE):
+            name, number = layer.name, 0
+            while name in mixtures:
+                number += 1
+                name = f"{layer.name}_{number}"
+            mixtures[name] = layer
+    if not mixtures:
+        raise ValueError(
+            "The model must have a SparseMoE layer; one that the model makes in its `build` is "
+            f"there once the model is built. Received: {model.name!r}, "
+            f"{'built' if model.built else 'not built'}"
+        )
+    return mixtures
+
+
+def _routings(model, x, mixtures):
+    """Calls a model on one batch, and leaves its metrics as they were.
+
+    Args:
+        model: The model.
+        x: What it takes.
+        mixtures: Dict from names to `SparseMoE` layers in it.
+
+    Returns:
+        Dict from the names to lists with one `Routing` per call of the layer.
+    """
+    metrics = [(variable, variable.numpy()) for variable in model.metrics_variables]
+    with contextlib.ExitStack() as stack:
+        routings = {
+            name: stack.enter_context(layer.recorded_routings()) for name, layer in mixtures.items()
+        }
+        model(x, training=False)
+    for variable, value in metrics:
+        variable.assign(value)
+    return routings
+
+
+def _choices(routing):
+    """Arrays (example, expert, gate) of the choices that reach an expert."""
+    gates = np.array(routing.gates)
+    example, choice = np.nonzero(gates > 0)  # As for the dispatch, NaN is no choice.
+    return example, np.array(routing.expert_index)[example, choice], gates[example, choice]
+
+
+def _by_expert(expert, gate, num_experts):
+    """Indices of the choices of each expert, the largest finite gates first."""
+    order = np.lexsort((-gate, expert))  # stable: of equal gates the earlier token
+    order = order[np.isfinite(gate[order])]
+    return np.split(order, np.searchsorted(expert[order], np.arange(1, num_experts)))
+
+
+def _check_batches(x):
+    """Returns `x`, or raises ValueError where not every report can read it to its end."""
+    if not _is_batch(x):
+        if iter(x) is x:
+            raise ValueError(
+                "`x` is read several times, so it must be an array, a tf.data.Dataset or a list of "
+                f"batches. Received: {x!r}, which can be read once"
+            )
+        if isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY:
+            raise ValueError(
+                f"`x` must come to an end; `x.take(10)` has 10 batches. Received: {x!r}, which "
+                "repeats for ever"
+            )
+    return x
+
+
+def _is_batch(x):
+    return isinstance(x, dict) or hasattr(x, "shape")
+
+
+def _batches(x):
+    """Yields what the model takes."""
+    if _is_batch(x):
+        yield x
+    else:
+        for batch in x:
+            yield keras.utils.unpack_x_y_sample_weight(batch)[0]
+
+
+def _check_tokens(x):
+    """Tokens as an integer array [B, L]."""
+    tokens = np.array(x)
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            "`x` must be batches of integer tokens [B, L]. Received: "
+            f"{type(x).__name__} of shape {tokens.shape}, dtype {tokens.dtype}"
+        )
+    return tokens
