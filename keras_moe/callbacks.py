@@ -3,15 +3,13 @@
 N experts, T examples, K experts chosen per example, as in `routing.py`.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_moe import losses, summaries
-from keras_moe.sparse_moe import SparseMoE
+from keras_moe import losses, observation, summaries
 
 
 class ExpertLoadReport(keras.callbacks.Callback):
@@ -50,7 +48,7 @@ class ExpertLoadReport(keras.callbacks.Callback):
 
     def __init__(self, x, log_dir):
         super().__init__()
-        self.x = _check_batches(x)
+        self.x = observation.check_batches(x)
         self.log_dir = str(log_dir)
         self.load = {}
         self._step = None
@@ -69,12 +67,12 @@ class ExpertLoadReport(keras.callbacks.Callback):
         self._writer.close()
 
     def _report(self, step):
-        mixtures = _mixtures(self.model)
+        mixtures = observation.mixtures(self.model)
         load = {name: np.zeros(layer.num_experts) for name, layer in mixtures.items()}
-        for x in _batches(self.x):
-            for name, routings in _routings(self.model, x, mixtures).items():
+        for x in observation.batches(self.x):
+            for name, routings in observation.routings(self.model, x, mixtures).items():
                 for routing in routings:
-                    _, expert, _ = _choices(routing)
+                    _, expert, _ = observation.choices(routing)
                     load[name] += np.bincount(expert, minlength=len(load[name]))
         # Under `record_if`, since the TensorBoard callback may have told others to write nothing.
         with self._writer.as_default(step), tf.summary.record_if(True):
@@ -155,7 +153,7 @@ class ExpertExamples(keras.callbacks.Callback):
         each_epoch=False,
     ):
         super().__init__()
-        self.x = _check_batches(x)
+        self.x = observation.check_batches(x)
         self.vocabulary = vocabulary
         self.layer = layer
         self.experts = experts
@@ -176,13 +174,13 @@ class ExpertExamples(keras.callbacks.Callback):
 
     def find(self, model):
         """Calls the model on all of `x` without training, and sets `best` and `load`."""
-        name, layer = self._pick(_mixtures(model))
+        name, layer = self._pick(observation.mixtures(model))
         self.load = np.zeros(layer.num_experts)
         best = [[] for _ in self.load]  # of each expert, (gate, line, position, tokens of the line)
         first_line = 0
-        for x in _batches(self.x):
+        for x in observation.batches(self.x):
             tokens = _check_tokens(x)
-            for routing in _routings(model, x, {name: layer})[name]:
+            for routing in observation.routings(model, x, {name: layer})[name]:
                 if len(routing.gates) != tokens.size:
                     raise ValueError(
                         "The positions of the layer must be those of the tokens [B, L], for a gate "
@@ -190,7 +188,7 @@ class ExpertExamples(keras.callbacks.Callback):
                         f"which {name!r} routed {len(routing.gates)} examples. Other inputs can be "
                         "matched by hand, from `SparseMoE.recorded_routings`."
                     )
-                example, expert, gate = _choices(routing)
+                example, expert, gate = observation.choices(routing)
                 self.load += np.bincount(expert, minlength=len(self.load))
                 line, position = np.divmod(example, tokens.shape[1])
                 for found, mine in zip(best, _by_expert(expert, gate, len(best)), strict=True):
@@ -246,89 +244,11 @@ class ExpertExamples(keras.callbacks.Callback):
         return " ".join(filter(None, (self.vocabulary[token] for token in tokens)))
 
 
-def _mixtures(model):
-    """The `SparseMoE` layers of a model by name, numbered where several have the same."""
-    mixtures = {}
-    # Private, but nothing public finds the layers inside other layers (checked with Keras 3.15).
-    for layer in model._flatten_layers():
-        if isinstance(layer, SparseMoE):
-            name, number = layer.name, 0
-            while name in mixtures:
-                number += 1
-                name = f"{layer.name}_{number}"
-            mixtures[name] = layer
-    if not mixtures:
-        raise ValueError(
-            "The model must have a SparseMoE layer; one that the model makes in its `build` is "
-            f"there once the model is built. Received: {model.name!r}, "
-            f"{'built' if model.built else 'not built'}"
-        )
-    return mixtures
-
-
-def _routings(model, x, mixtures):
-    """Calls a model on one batch, and leaves its metrics as they were.
-
-    Args:
-        model: The model.
-        x: What it takes.
-        mixtures: Dict from names to `SparseMoE` layers in it.
-
-    Returns:
-        Dict from the names to lists with one `Routing` per call of the layer.
-    """
-    metrics = [(variable, variable.numpy()) for variable in model.metrics_variables]
-    with contextlib.ExitStack() as stack:
-        routings = {
-            name: stack.enter_context(layer.recorded_routings()) for name, layer in mixtures.items()
-        }
-        model(x, training=False)
-    for variable, value in metrics:
-        variable.assign(value)
-    return routings
-
-
-def _choices(routing):
-    """Arrays (example, expert, gate) of the choices that reach an expert."""
-    gates = np.array(routing.gates)
-    example, choice = np.nonzero(gates > 0)  # As for the dispatch, NaN is no choice.
-    return example, np.array(routing.expert_index)[example, choice], gates[example, choice]
-
-
 def _by_expert(expert, gate, num_experts):
     """Indices of the choices of each expert, the largest finite gates first."""
     order = np.lexsort((-gate, expert))  # stable: of equal gates the earlier token
     order = order[np.isfinite(gate[order])]
     return np.split(order, np.searchsorted(expert[order], np.arange(1, num_experts)))
-
-
-def _check_batches(x):
-    """Returns `x`, or raises ValueError where not every report can read it to its end."""
-    if not _is_batch(x):
-        if iter(x) is x:
-            raise ValueError(
-                "`x` is read several times, so it must be an array, a tf.data.Dataset or a list of "
-                f"batches. Received: {x!r}, which can be read once"
-            )
-        if isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise ValueError(
-                f"`x` must come to an end; `x.take(10)` has 10 batches. Received: {x!r}, which "
-                "repeats for ever"
-            )
-    return x
-
-
-def _is_batch(x):
-    return isinstance(x, dict) or hasattr(x, "shape")
-
-
-def _batches(x):
-    """Yields what the model takes."""
-    if _is_batch(x):
-        yield x
-    else:
-        for batch in x:
-            yield keras.utils.unpack_x_y_sample_weight(batch)[0]
 
 
 def _check_tokens(x):
