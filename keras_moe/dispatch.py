@@ -22,8 +22,8 @@ class Plan(NamedTuple):
         example: int32 [R], the example that each row is a copy of.
         choice: int32 [R], which of all choices (example·K + k) each row is.
         position: int32 [T, K], the row of each choice.
-        rows_per_expert: int32 [N], the rows of each expert that are not empty.
-        capacity: C, an integer or int32 scalar; `None` without a capacity.
+        rows_per_expert: int32 [N]; `None` with a capacity, where every expert has C rows.
+        places: N and C, integers or int32 scalars; `None` without a capacity.
         filled: bool [R], `False` for an empty place; `None` without a capacity.
         kept: bool [T, K], whether the choice has a row; `None` without a capacity.
         fraction_dropped: float32 scalar, the part of the choices that found no place; `None`
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     choice: Any
     position: Any
     rows_per_expert: Any
-    capacity: Any = None
+    places: Any = None
     filled: Any = None
     kept: Any = None
     fraction_dropped: Any = None
@@ -86,6 +86,7 @@ def make_plan(routing, num_experts, capacity=None):
         example, choice = _example_and_choice(order, num_examples, k)
         return Plan(example, choice, _per_example(place, k), rows_per_expert)
 
+    # Rank r of expert i's rows stands at place first[i] + r of the sort, and goes to i·C + r.
     first = tf.cumsum(counts, exclusive=True)
     rank = place - tf.gather(first, expert)
     kept = tf.logical_and(expert < num_experts, rank < capacity)
@@ -99,14 +100,14 @@ def make_plan(routing, num_experts, capacity=None):
     num_kept, num_alive = tf.math.count_nonzero(kept), tf.reduce_sum(rows_per_expert)
     fraction_kept = tf.cast(num_kept, tf.float32) / tf.cast(tf.maximum(num_alive, 1), tf.float32)
     return Plan(
-        example,
-        choice,
-        _per_example(position, k),
-        tf.minimum(rows_per_expert, capacity),
-        capacity,
-        tf.reshape(filled, [-1]),
-        _per_example(kept, k),
-        tf.where(num_alive > 0, 1.0 - fraction_kept, 0.0),
+        example=example,
+        choice=choice,
+        position=_per_example(position, k),
+        rows_per_expert=None,
+        places=(num_experts, capacity),
+        filled=tf.reshape(filled, [-1]),
+        kept=_per_example(kept, k),
+        fraction_dropped=tf.where(num_alive > 0, 1.0 - fraction_kept, 0.0),
     )
 
 
@@ -129,10 +130,7 @@ def dispatch(x, plan):
         return take(x, plan.example, plan.filled), gradient
 
     rows = gather(x)
-    if plan.capacity is None:
-        return rows
-    num_experts = plan.rows_per_expert.shape[0]
-    return tf.reshape(rows, [num_experts, plan.capacity, x.shape[-1]])
+    return rows if plan.places is None else tf.reshape(rows, [*plan.places, x.shape[-1]])
 
 
 def combine(rows, gates, plan):

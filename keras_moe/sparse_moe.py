@@ -59,6 +59,10 @@ class SparseMoE(keras.layers.Layer):
             [N, C, D] alone. Its `compute_output_shape` takes the shape of `rows` alone.
         num_shared_experts: Number of experts more that compute every example, beside the N. Their
             outputs are added as they are.
+        importance_loss_weight: w_importance.
+        load_loss_weight: w_load.
+        router_z_loss_weight: Weight of `losses.router_z_loss`, which keeps the gating's logits
+            small.
         capacity_factor: Bounds the rows of an expert in training at
             C = ceil(capacity_factor·K·T / N), so that all shapes are static, as XLA and TPUs need
             them. What finds no place is dropped and adds nothing to the output: later choices
@@ -66,10 +70,6 @@ class SparseMoE(keras.layers.Layer):
             drops nothing anywhere.
         recompute: Whether the backward pass computes the experts' hidden activations again instead
             of storing them (appendix D): memory for time.
-        importance_loss_weight: w_importance.
-        load_loss_weight: w_load.
-        router_z_loss_weight: Weight of `losses.router_z_loss`, which keeps the gating's logits
-            small.
         kernel_initializer: Initializer of each expert's kernels.
         bias_initializer: Initializer of each expert's biases.
         kernel_regularizer: Regularizer of the experts' kernels.
@@ -114,11 +114,11 @@ class SparseMoE(keras.layers.Layer):
         gating="noisy_top_k",
         experts=None,
         num_shared_experts=0,
-        capacity_factor=None,
-        recompute=False,
         importance_loss_weight=0.1,
         load_loss_weight=0.1,
         router_z_loss_weight=0.0,
+        capacity_factor=None,
+        recompute=False,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         kernel_regularizer=None,
@@ -218,12 +218,7 @@ class SparseMoE(keras.layers.Layer):
         if self._record is not None:
             self._record(routing)
         plan = dispatch.make_plan(routing, self.num_experts, self._capacity(routing, training))
-        rows = dispatch.dispatch(examples, plan)
-        rows = (
-            self.experts(rows, plan.rows_per_expert)
-            if plan.capacity is None
-            else self.experts(rows)
-        )
+        rows = self.experts(dispatch.dispatch(examples, plan), plan.rows_per_expert)
         y = ops.cast(dispatch.combine(rows, routing.gates, plan), self.compute_dtype)
         if self.shared_experts is not None:
             y += self._call_shared_experts(examples, mask)
