@@ -76,7 +76,7 @@ class LayerExperts(keras.layers.Layer):
     def call(self, rows, rows_per_expert=None):
         if rows_per_expert is None:
             experts = zip(self.layers, ops.unstack(rows), strict=True)
-            return ops.stack([ops.cast(layer(x), self.compute_dtype) for layer, x in experts])
+            return ops.stack([self._call_expert(layer, piece) for layer, piece in experts])
         *pieces, rest = grouped.split(rows, rows_per_expert)
         experts = zip(self.layers, pieces, strict=True)
         return grouped.join([self._call_expert(layer, piece) for layer, piece in experts], rest)
