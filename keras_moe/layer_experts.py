@@ -93,7 +93,11 @@ class LayerExperts(keras.layers.Layer):
         return (*rows_shape[:-1], self.output_dim)
 
     def get_config(self):
-        return {**super().get_config(), "num_experts": self.num_experts, "layer": self._template}
+        # As quantised as the experts are, so that what is made from it can load their weights.
+        expert = keras.saving.serialize_keras_object(self.layers[0])
+        expert["config"]["name"] = self._template["config"]["name"]
+        layer = _with_policies(self._template, _policies(expert))
+        return {**super().get_config(), "num_experts": self.num_experts, "layer": layer}
 
     @classmethod
     def from_config(cls, config):
@@ -111,4 +115,27 @@ def _reseeded(config, number):
         }
     if isinstance(config, (list, tuple)):
         return type(config)(_reseeded(value, number) for value in config)
+    return config
+
+
+def _policies(config):
+    """What `quantize` changes in the configurations of layers, by the name of the layer."""
+    if isinstance(config, (list, tuple)):
+        return {name: policy for value in config for name, policy in _policies(value).items()}
+    if not isinstance(config, dict):
+        return {}
+    found = _policies(list(config.values()))
+    if "name" in config:
+        keys = ("dtype", "quantization_config")
+        found[str(config["name"])] = {key: config[key] for key in keys if key in config}
+    return found
+
+
+def _with_policies(config, policies):
+    """A copy of a configuration, each layer in it with the policies of its name."""
+    if isinstance(config, dict):
+        own = policies.get(str(config.get("name")), {})
+        return {key: _with_policies(value, policies) for key, value in config.items()} | own
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_policies(value, policies) for value in config)
     return config
