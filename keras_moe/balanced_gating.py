@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_moe import losses
 from keras_moe.arguments import check_k, check_weight
 from keras_moe.routing import Gating, make_routing
 
@@ -69,7 +70,8 @@ class StrictlyBalancedGating(Gating):
         chosen = ops.logical_and(counted, scores > self.thresholds)
         if training:
             above, chosen = chosen, self._batchwise(scores, counted, mask)
-            self.add_loss(self.batchwise_loss_weight * self._disagreement(scores, above, chosen))
+            disagreement = self._disagreement(scores, above, chosen)
+            self.add_loss(losses.in_floatx(self.batchwise_loss_weight * disagreement))
 
         # By multiplication: an example with NaN keeps it to itself.
         kept = scores * ops.cast(chosen, scores.dtype)

@@ -105,7 +105,8 @@ class Gating(keras.layers.Layer):
     def add_router_z_loss(self, logits, counted=None):
         """Adds the weighted z-loss of logits [T, N] of which `counted` [T] take part."""
         if self.router_z_loss_weight:
-            self.add_loss(self.router_z_loss_weight * losses.router_z_loss(logits, counted))
+            z_loss = losses.router_z_loss(logits, counted)
+            self.add_loss(losses.in_floatx(self.router_z_loss_weight * z_loss))
 
     def get_config(self):
         return {

@@ -311,8 +311,8 @@ class SparseMoE(keras.layers.Layer):
     def _add_balance(self, routing, plan, training):
         cv2_importance = losses.cv_squared(routing.importance)
         cv2_load = losses.cv_squared(routing.load)
-        self.add_loss(self.importance_loss_weight * cv2_importance)
-        self.add_loss(self.load_loss_weight * cv2_load)
+        self.add_loss(losses.in_floatx(self.importance_loss_weight * cv2_importance))
+        self.add_loss(losses.in_floatx(self.load_loss_weight * cv2_load))
         if training is None:
             return  # A bare call or `model.export`; `fit`, `evaluate` and `predict` say which.
         self._balance["cv_importance"].update_state(ops.sqrt(cv2_importance))
