@@ -92,8 +92,9 @@ class StrictlyBalancedGating(Gating):
         keeps = score >= 0  # Not what doesn't count.
         if mask is not None:
             share = self._share(ops.sum(ops.cast(mask, "int32")))
-            keeps = ops.logical_and(keeps, ops.arange(most) < share)
-        expert = ops.broadcast_to(ops.arange(self.num_experts)[:, None], ops.shape(example))
+            keeps = ops.logical_and(keeps, ops.arange(most, dtype="int32") < share)
+        expert = ops.arange(self.num_experts, dtype="int32")[:, None]
+        expert = ops.broadcast_to(expert, ops.shape(example))
         chosen = ops.scatter(
             ops.reshape(ops.stack([ops.cast(example, "int32"), expert], axis=-1), (-1, 2)),
             ops.reshape(ops.cast(keeps, "int32"), (-1,)),
