@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses
-from keras_moe.arguments import check_k, check_size, check_weight
+from keras_moe.arguments import check_k, check_positive, check_size, check_weight
 
 
 class Routing(NamedTuple):
@@ -121,10 +121,8 @@ class NoisyGating(Gating):
 
     def __init__(self, num_experts, noise=True, noise_epsilon=1e-2, seed=None, **kwargs):
         super().__init__(num_experts, **kwargs)
-        if not noise_epsilon > 0:
-            raise ValueError(f"`noise_epsilon` must be above 0. Received: {noise_epsilon}")
         self.noise = noise
-        self.noise_epsilon = noise_epsilon
+        self.noise_epsilon = check_positive("noise_epsilon", noise_epsilon)
         self.seed = seed
         if noise:
             self.seed_generator = keras.random.SeedGenerator(seed)
