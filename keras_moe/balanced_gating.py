@@ -85,22 +85,11 @@ class StrictlyBalancedGating(Gating):
 
     def _batchwise(self, scores, counted, mask):
         """M_batchwise, bool [T, N]: which examples each expert keeps."""
-        num_examples = ops.shape(scores)[0]
-        most = self._share(num_examples)
-        candidates = ops.transpose(ops.where(counted, scores, -1.0))
-        score, example = ops.top_k(candidates, most)
-        keeps = score >= 0  # Not what doesn't count.
-        if mask is not None:
-            share = self._share(ops.sum(ops.cast(mask, "int32")))
-            keeps = ops.logical_and(keeps, ops.arange(most, dtype="int32") < share)
-        expert = ops.arange(self.num_experts, dtype="int32")[:, None]
-        expert = ops.broadcast_to(expert, ops.shape(example))
-        chosen = ops.scatter(
-            ops.reshape(ops.stack([ops.cast(example, "int32"), expert], axis=-1), (-1, 2)),
-            ops.reshape(ops.cast(keeps, "int32"), (-1,)),
-            (num_examples, self.num_experts),
-        )
-        return chosen > 0
+        candidates = ops.where(counted, scores, -1.0)  # What doesn't count comes last.
+        order = ops.argsort(-candidates, axis=0)
+        rank = ops.argsort(order, axis=0)
+        number = ops.shape(scores)[0] if mask is None else ops.sum(ops.cast(mask, "int32"))
+        return ops.logical_and(counted, rank < self._share(number))
 
     def _share(self, num_examples):
         """m, the examples of each expert."""
