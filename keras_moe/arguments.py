@@ -1,5 +1,7 @@
 """Checks of constructor arguments, worded alike in all layers."""
 
+import math
+import numbers
 import operator
 
 
@@ -22,25 +24,46 @@ def check_k(k, num_experts):
     return chosen
 
 
+def as_pair(k):
+    """Returns `k` as two ints, or raises ValueError unless it is a pair of integers."""
+    pair = [_integer(number) for number in k] if isinstance(k, (tuple, list)) else []
+    if len(pair) != 2 or None in pair:
+        raise ValueError(
+            "`k` must be a pair of integers: the groups chosen per example, and the experts chosen "
+            f"in each of them. Received: {k!r}"
+        )
+    return tuple(pair)
+
+
 def check_weight(name, value):
-    """Returns `value`, or raises ValueError unless it is a number that is not negative."""
-    if not _is_number(value) or not value >= 0:
-        raise ValueError(f"`{name}` must be a number, not negative. Received: {value!r}")
-    return value
+    """Returns `value`, or raises ValueError unless it is a finite number, not negative."""
+    if _is_finite(value) and value >= 0:
+        return float(value)
+    raise ValueError(f"`{name}` must be a number, not negative. Received: {value!r}")
+
+
+def check_positive(name, value):
+    """Returns `value`, or raises ValueError unless it is a finite number above 0."""
+    if _is_finite(value) and value > 0:
+        return float(value)
+    raise ValueError(f"`{name}` must be a number above 0. Received: {value!r}")
 
 
 def check_capacity_factor(value):
     """Returns `value`, or raises ValueError unless it is `None` or a finite number above 0."""
-    if value is None or _is_number(value) and 0 < value < float("inf"):
-        return value
+    if value is None:
+        return None
+    if _is_finite(value) and value > 0:
+        return float(value)
     raise ValueError(
         "`capacity_factor` must be a number above 0, or `None` to drop nothing. "
         f"Received: {value!r}"
     )
 
 
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_finite(value):
+    """Whether the value is a real number, NumPy's included, that is neither infinite nor NaN."""
+    return isinstance(value, numbers.Real) and type(value) is not bool and math.isfinite(value)
 
 
 def _integer(value):

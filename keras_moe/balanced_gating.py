@@ -3,8 +3,9 @@
 import keras
 from keras import ops
 
+from keras_moe import losses
 from keras_moe.arguments import check_k, check_weight
-from keras_moe.routing import Gating, make_routing
+from keras_moe.routing import Gating, make_routing, softmax
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -62,14 +63,15 @@ class StrictlyBalancedGating(Gating):
     def call(self, x, training=None, mask=None):
         logits = ops.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
-        scores = ops.softmax(logits, axis=-1)
+        scores = softmax(logits, competing=logits)
         counted = ops.all(ops.isfinite(scores), axis=-1, keepdims=True)
         if mask is not None:
             counted = ops.logical_and(counted, mask[:, None])
         chosen = ops.logical_and(counted, scores > self.thresholds)
         if training:
             above, chosen = chosen, self._batchwise(scores, counted, mask)
-            self.add_loss(self.batchwise_loss_weight * self._disagreement(scores, above, chosen))
+            disagreement = self._disagreement(scores, above, chosen)
+            self.add_loss(losses.in_floatx(self.batchwise_loss_weight * disagreement))
 
         # By multiplication: an example with NaN keeps it to itself.
         kept = scores * ops.cast(chosen, scores.dtype)
@@ -83,21 +85,11 @@ class StrictlyBalancedGating(Gating):
 
     def _batchwise(self, scores, counted, mask):
         """M_batchwise, bool [T, N]: which examples each expert keeps."""
-        num_examples = ops.shape(scores)[0]
-        most = self._share(num_examples)
-        candidates = ops.transpose(ops.where(counted, scores, -1.0))
-        score, example = ops.top_k(candidates, most)
-        keeps = score >= 0  # Not what doesn't count.
-        if mask is not None:
-            share = self._share(ops.sum(ops.cast(mask, "int32")))
-            keeps = ops.logical_and(keeps, ops.arange(most) < share)
-        expert = ops.broadcast_to(ops.arange(self.num_experts)[:, None], ops.shape(example))
-        chosen = ops.scatter(
-            ops.reshape(ops.stack([ops.cast(example, "int32"), expert], axis=-1), (-1, 2)),
-            ops.reshape(ops.cast(keeps, "int32"), (-1,)),
-            (num_examples, self.num_experts),
-        )
-        return chosen > 0
+        candidates = ops.where(counted, scores, -1.0)  # What doesn't count comes last.
+        order = ops.argsort(-candidates, axis=0)
+        rank = ops.argsort(order, axis=0)
+        number = ops.shape(scores)[0] if mask is None else ops.sum(ops.cast(mask, "int32"))
+        return ops.logical_and(counted, rank < self._share(number))
 
     def _share(self, num_examples):
         """m, the examples of each expert."""

@@ -150,7 +150,7 @@ def combine(rows, gates, plan):
         def gradient(upstream):
             # Both gradients need the upstream row of each choice, in the order of the rows.
             per_row = take(upstream, plan.example, plan.filled)
-            weight = tf.gather(tf.reshape(gates, [-1]), plan.choice)
+            weight = take(tf.reshape(gates, [-1]), plan.choice, plan.filled)
             per_choice = tf.reduce_sum(
                 tf.cast(per_row, gates.dtype) * tf.cast(rows, gates.dtype), axis=-1
             )

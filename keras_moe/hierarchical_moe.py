@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from keras_moe import dispatch, grouped, losses
-from keras_moe.arguments import check_size
+from keras_moe.arguments import as_pair, check_size
 from keras_moe.parts import check_gating, check_number
 from keras_moe.routing import NoisyGating, Routing, make_routing
 from keras_moe.sparse_moe import SparseMoE
@@ -77,7 +77,7 @@ class HierarchicalGating(NoisyGating):
     ):
         num_groups = check_size("num_groups", num_groups)
         experts_per_group = check_size("experts_per_group", experts_per_group)
-        k = _as_pair(k)
+        k = as_pair(k)
         if not (1 <= k[0] <= num_groups and 1 <= k[1] <= experts_per_group):
             raise ValueError(
                 "`k`, the groups chosen per example and the experts chosen in each, must be "
@@ -217,7 +217,7 @@ class HierarchicalMoE(SparseMoE):
         self.num_groups = check_size("num_groups", num_groups)
         self.experts_per_group = check_size("experts_per_group", experts_per_group)
         super().__init__(
-            self.num_groups * self.experts_per_group, hidden_units, _as_pair(k), **kwargs
+            self.num_groups * self.experts_per_group, hidden_units, as_pair(k), **kwargs
         )
 
     def _make_gating(self, gating, k):
@@ -243,12 +243,3 @@ class HierarchicalMoE(SparseMoE):
             "experts_per_group": self.experts_per_group,
             **config,
         }
-
-
-def _as_pair(k):
-    if not isinstance(k, (tuple, list)) or [type(number) for number in k] != [int, int]:
-        raise ValueError(
-            "`k` must be a pair of integers: the groups chosen per example, and the experts chosen "
-            f"in each of them. Received: {k!r}"
-        )
-    return tuple(k)

@@ -76,7 +76,7 @@ class LayerExperts(keras.layers.Layer):
     def call(self, rows, rows_per_expert=None):
         if rows_per_expert is None:
             experts = zip(self.layers, ops.unstack(rows), strict=True)
-            return ops.stack([ops.cast(layer(x), self.compute_dtype) for layer, x in experts])
+            return ops.stack([self._call_expert(layer, piece) for layer, piece in experts])
         *pieces, rest = grouped.split(rows, rows_per_expert)
         experts = zip(self.layers, pieces, strict=True)
         return grouped.join([self._call_expert(layer, piece) for layer, piece in experts], rest)
@@ -98,7 +98,11 @@ class LayerExperts(keras.layers.Layer):
             layer.set_weights(bank.layers[origin].get_weights())
 
     def get_config(self):
-        return {**super().get_config(), "num_experts": self.num_experts, "layer": self._template}
+        # As quantised as the experts are, so that what is made from it can load their weights.
+        expert = keras.saving.serialize_keras_object(self.layers[0])
+        expert["config"]["name"] = self._template["config"]["name"]
+        layer = _with_policies(self._template, _policies(expert))
+        return {**super().get_config(), "num_experts": self.num_experts, "layer": layer}
 
     @classmethod
     def from_config(cls, config):
@@ -116,4 +120,27 @@ def _reseeded(config, number):
         }
     if isinstance(config, (list, tuple)):
         return type(config)(_reseeded(value, number) for value in config)
+    return config
+
+
+def _policies(config):
+    """What `quantize` changes in the configurations of layers, by the name of the layer."""
+    if isinstance(config, (list, tuple)):
+        return {name: policy for value in config for name, policy in _policies(value).items()}
+    if not isinstance(config, dict):
+        return {}
+    found = _policies(list(config.values()))
+    if "name" in config:
+        keys = ("dtype", "quantization_config")
+        found[str(config["name"])] = {key: config[key] for key in keys if key in config}
+    return found
+
+
+def _with_policies(config, policies):
+    """A copy of a configuration, each layer in it with the policies of its name."""
+    if isinstance(config, dict):
+        own = policies.get(str(config.get("name")), {})
+        return {key: _with_policies(value, policies) for key, value in config.items()} | own
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_policies(value, policies) for value in config)
     return config

@@ -3,7 +3,7 @@
 Pure functions of `keras.ops`. N experts, T examples, K experts chosen per example.
 """
 
-from keras import ops
+from keras import config, ops
 
 # Keeps CV² defined when nothing was routed. The original implementation uses the same value.
 _EPSILON = 1e-10
@@ -107,6 +107,11 @@ def router_z_loss(logits, counted=None):
     counted = finite if counted is None else ops.logical_and(finite, counted)
     number = ops.sum(ops.cast(counted, logits.dtype))
     return ops.sum(ops.where(counted, squares, 0.0)) / ops.maximum(number, 1.0)
+
+
+def in_floatx(loss):
+    """A loss in the dtype in which Keras adds up the losses of a model."""
+    return ops.cast(loss, config.floatx())
 
 
 def normal_cdf(x):

@@ -94,6 +94,6 @@ def check_number(part, name, number):
     """Raises ValueError if a part is made for another number of experts, or of groups."""
     if getattr(part, name, number) != number:
         raise ValueError(
-            f"The layer has `{name}={number}`, but its part {part.name!r} is made for "
-            f"{getattr(part, name)}. Give both the same `{name}`."
+            f"The layer and its part {part.name!r} must have the same `{name}`. Received: "
+            f"`{name}={number}`, and a part made for {getattr(part, name)}"
         )

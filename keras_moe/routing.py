@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_moe import losses
-from keras_moe.arguments import check_k, check_size, check_weight
+from keras_moe.arguments import check_k, check_positive, check_size, check_weight
 from keras_moe.saving import CheckedVariables
 
 
@@ -106,7 +106,8 @@ class Gating(CheckedVariables, keras.layers.Layer):
     def add_router_z_loss(self, logits, counted=None):
         """Adds the weighted z-loss of logits [T, N] of which `counted` [T] take part."""
         if self.router_z_loss_weight:
-            self.add_loss(self.router_z_loss_weight * losses.router_z_loss(logits, counted))
+            z_loss = losses.router_z_loss(logits, counted)
+            self.add_loss(losses.in_floatx(self.router_z_loss_weight * z_loss))
 
     def expert_axis(self, variable):
         return {"gate_kernel": 1, "noise_kernel": 1, "thresholds": 0}.get(variable.name)
@@ -124,10 +125,8 @@ class NoisyGating(Gating):
 
     def __init__(self, num_experts, noise=True, noise_epsilon=1e-2, seed=None, **kwargs):
         super().__init__(num_experts, **kwargs)
-        if not noise_epsilon > 0:
-            raise ValueError(f"`noise_epsilon` must be above 0. Received: {noise_epsilon}")
         self.noise = noise
-        self.noise_epsilon = noise_epsilon
+        self.noise_epsilon = check_positive("noise_epsilon", noise_epsilon)
         self.seed = seed
         if noise:
             self.seed_generator = keras.random.SeedGenerator(seed)
@@ -156,7 +155,7 @@ class NoisyGating(Gating):
         # One more than K: the load asks for the threshold below the last choice.
         top_logits, top_index = ops.top_k(logits, min(k + 1, num_choices))
         chosen = top_logits[:, :k]
-        gates = _softmax(chosen, competing=logits if k == 1 else chosen)
+        gates = softmax(chosen, competing=logits if k == 1 else chosen)
         chances = None
         if noise_logits is not None and k < num_choices:
             chances = losses.load(clean_logits, logits, stddev, top_logits)
@@ -200,7 +199,7 @@ class SoftmaxGating(Gating):
     def call(self, x, training=None, mask=None):
         logits = ops.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
-        gates = _softmax(logits, competing=logits)
+        gates = softmax(logits, competing=logits)
         expert_index = ops.broadcast_to(
             ops.arange(self.num_experts, dtype="int32"), ops.shape(gates)
         )
@@ -263,6 +262,6 @@ class NoisyTopKGating(NoisyGating):
         return {**super().get_config(), "k": self.k}
 
 
-def _softmax(logits, competing):
+def softmax(logits, competing):
     """The share of each of `logits` in the softmax over the logits `competing`."""
     return ops.exp(logits - ops.logsumexp(competing, axis=-1, keepdims=True))

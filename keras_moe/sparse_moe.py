@@ -186,6 +186,10 @@ class SparseMoE(keras.layers.Layer):
             seed=self.seed,
         )
 
+    def __call__(self, x, *args, **kwargs):
+        self._refuse_ragged(x)  # Before Keras builds the layer, and also where `x` is symbolic.
+        return super().__call__(x, *args, **kwargs)
+
     def build(self, input_shape):
         self._check_shape(input_shape)
         width = input_shape[-1]
@@ -198,6 +202,13 @@ class SparseMoE(keras.layers.Layer):
             self.experts(rows, keras.KerasTensor((self.num_experts,), "int32"))
         if self.shared_experts is not None and not self.shared_experts.built:
             self.shared_experts(rows, keras.KerasTensor((self.num_shared_experts,), "int32"))
+
+    def _refuse_ragged(self, x):
+        if hasattr(x, "row_splits") or getattr(x, "ragged", False):
+            raise ValueError(
+                f"{type(self).__name__} takes no ragged input; give it `x.to_tensor()` and a mask. "
+                f"Received: {type(x).__name__} of shape {x.shape}"
+            )
 
     def _check_shape(self, shape):
         if not 2 <= len(shape) <= 4 or shape[-1] is None:
@@ -248,6 +259,7 @@ class SparseMoE(keras.layers.Layer):
             training: Whether to add noise.
             mask: Boolean tensor [...] or `None`.
         """
+        self._refuse_ragged(x)
         x = ops.convert_to_tensor(x, self.compute_dtype)
         self._check_shape(x.shape)
         if not self.built:
@@ -281,11 +293,6 @@ class SparseMoE(keras.layers.Layer):
 
     def _flatten(self, x, mask):
         """[..., D] and [...] to [T, D] and [T]."""
-        if hasattr(x, "row_splits"):
-            raise ValueError(
-                f"{type(self).__name__} takes no ragged input; give it `x.to_tensor()` and a mask. "
-                f"Received: {type(x).__name__} of shape {x.shape}"
-            )
         x_flat = ops.reshape(x, (-1, x.shape[-1]))
         if mask is None:
             return x_flat, None
@@ -306,8 +313,8 @@ class SparseMoE(keras.layers.Layer):
     def _add_balance(self, routing, plan, training):
         cv2_importance = losses.cv_squared(routing.importance)
         cv2_load = losses.cv_squared(routing.load)
-        self.add_loss(self.importance_loss_weight * cv2_importance)
-        self.add_loss(self.load_loss_weight * cv2_load)
+        self.add_loss(losses.in_floatx(self.importance_loss_weight * cv2_importance))
+        self.add_loss(losses.in_floatx(self.load_loss_weight * cv2_load))
         if training is None:
             return  # A bare call or `model.export`; `fit`, `evaluate` and `predict` say which.
         self._balance["cv_importance"].update_state(ops.sqrt(cv2_importance))

@@ -2,8 +2,10 @@
 
 import keras
 import numpy as np
+import pytest
+import tensorflow as tf
 
-from keras_moe import SparseMoE
+from keras_moe import HierarchicalMoE, SparseMoE
 
 WIDTH = 6
 
@@ -46,3 +48,43 @@ def assert_keeps_no_state(served):
         operations = {node.op for nodes in functions for node in nodes}
         assert "MatMul" in operations
         assert not {op for op in operations if "Assign" in op or "Random" in op}
+
+
+# One of each way through the layer, all of five or six experts: arguments to change are options.
+EVERY_LAYER = {
+    "noisy_top_k": lambda **options: SparseMoE(5, 4, **{"k": 2, **options}),
+    "softmax": lambda **options: SparseMoE(5, 4, gating="softmax", **options),
+    "strictly_balanced": lambda **options: SparseMoE(
+        5, 4, **{"k": 2, "gating": "strictly_balanced", **options}
+    ),
+    "capacity": lambda **options: SparseMoE(5, 4, **{"k": 2, "capacity_factor": 1.0, **options}),
+    "balanced_capacity": lambda **options: SparseMoE(
+        5, 4, **{"k": 2, "gating": "strictly_balanced", "capacity_factor": 1.0, **options}
+    ),
+    "hierarchical": lambda **options: HierarchicalMoE(2, 3, 4, **options),
+    "hierarchical_capacity": lambda **options: HierarchicalMoE(
+        2, 3, 4, **{"capacity_factor": 1.0, **options}
+    ),
+}
+
+every_layer = pytest.mark.parametrize("make", EVERY_LAYER.values(), ids=EVERY_LAYER.keys())
+
+
+def with_random_weights(layer, width=WIDTH, seed=0):
+    layer.build((None, width))
+    assign_random_weights(layer, np.random.default_rng(seed))
+    return layer
+
+
+def call_and_gradients(layer, x, *, training, mask=None):
+    """Output, losses, and all gradients of their sum: by `x`, then by every trainable weight."""
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x, training=training, mask=mask)
+        loss_values = list(layer.losses)
+        total = tf.add_n([tf.reduce_sum(y), *[tf.cast(loss, y.dtype) for loss in loss_values]])
+    weights = [weight.value for weight in layer.trainable_weights]
+    gradients = tape.gradient(total, [x, *weights], unconnected_gradients="zero")
+    assert not any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients)
+    return y, loss_values, gradients

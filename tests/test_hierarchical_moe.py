@@ -319,49 +319,6 @@ def test_gating_is_float32_under_every_policy(policy):
     assert layer.route(np.ones((2, 3, WIDTH))).gates.dtype == tf.float32
 
 
-@pytest.mark.parametrize("mask", [None, np.zeros((3, 0), bool)])
-def test_zero_examples(mask):
-    layer, x = HierarchicalMoE(3, 4, 3), tf.zeros((3, 0, WIDTH))
-    with tf.GradientTape() as tape:
-        y = layer(x, training=True, mask=mask)
-        total = tf.reduce_sum(y) + tf.add_n(layer.losses)
-    assert y.shape == (3, 0, WIDTH)
-    np.testing.assert_array_equal(layer.losses, [0, 0])
-    for gradient in tape.gradient(total, [w.value for w in layer.trainable_weights]):
-        np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
-
-
-@pytest.mark.parametrize("broken_rows", [[1, 4], range(EXAMPLES)])
-def test_masked_nan_reaches_neither_outputs_nor_gradients(broken_rows):
-    x = examples()
-    x[broken_rows] = np.nan
-    layer = random_layer(3, 4, HIDDEN)
-    with tf.GradientTape() as tape:
-        y = layer(x, training=True, mask=~np.isnan(x[:, 0]))
-        total = tf.reduce_sum(y) + tf.add_n(layer.losses)
-    np.testing.assert_array_equal(numpy(y)[broken_rows], np.zeros((len(broken_rows), WIDTH)))
-    values = [w.value for w in layer.trainable_weights]
-    for array in (y, *layer.losses, *tape.gradient(total, values)):
-        assert np.isfinite(array).all()
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_broken_example_stays_in_its_own_row(value, training):
-    layer, x = random_layer(3, 4, HIDDEN, seed=3), examples()
-    sound = numpy(layer(x))
-    x[3, 2] = value
-    y = numpy(layer(x, training=training))
-    routing = layer.route(x, training=training)
-    assert not np.isfinite(y[3]).all()
-    assert np.isfinite(np.delete(y, 3, axis=0)).all()
-    assert np.isfinite(layer.losses).all() and np.isfinite(routing.load).all()
-    assert 0 <= np.min(routing.expert_index) and np.max(routing.expert_index) < 12
-    if not training:
-        others = np.delete(y, 3, axis=0)
-        np.testing.assert_allclose(others, np.delete(sound, 3, axis=0), rtol=1e-5, atol=1e-6)
-
-
 def language_model(**kwargs):
     keras.utils.set_random_seed(0)
     return keras.Sequential(

@@ -186,58 +186,6 @@ def test_losses_are_importance_then_load_then_others():
     np.testing.assert_allclose(regularization, expected, rtol=1e-5)
 
 
-def test_a_single_expert_equals_the_bare_expert():
-    layer = SparseMoE(1, HIDDEN, k=1)
-    x = np.random.default_rng(0).normal(size=(9, WIDTH)).astype("float32")
-    y = layer(x, training=True)
-    up, down = (numpy(kernel)[0] for kernel in layer.experts.kernels)
-    np.testing.assert_allclose(y, np.maximum(x @ up, 0) @ down, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(layer.losses, [0, 0])
-
-
-@pytest.mark.parametrize("mask", [None, np.zeros((3, 0), bool)])
-def test_zero_examples(mask):
-    layer = SparseMoE(4, 3, k=2)
-    x = tf.zeros((3, 0, WIDTH))
-    with tf.GradientTape() as tape:
-        y = layer(x, training=True, mask=mask)
-        total = tf.reduce_sum(y) + tf.add_n(layer.losses)
-    assert y.shape == (3, 0, WIDTH)
-    np.testing.assert_array_equal(layer.losses, [0, 0])
-    for gradient in tape.gradient(total, [w.value for w in layer.trainable_weights]):
-        np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
-
-
-def test_masked_nan_reaches_neither_outputs_nor_gradients():
-    x = np.random.default_rng(0).normal(size=(6, WIDTH)).astype("float32")
-    x[[1, 4]] = np.nan
-    layer = SparseMoE(4, HIDDEN, k=2)
-    y, losses, received = gradients(layer, x, 1.0, training=True, mask=~np.isnan(x[:, 0]))
-    np.testing.assert_array_equal(np.array(y)[[1, 4]], np.zeros((2, WIDTH)))
-    for array in (y, *losses, *keras.tree.flatten(received)):
-        assert np.isfinite(array).all()
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_broken_example_stays_in_its_own_row(value, training):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(8, WIDTH)).astype("float32")
-    layer = SparseMoE(5, HIDDEN, k=2, seed=3)
-    layer.build(x.shape)
-    assign_random_weights(layer, rng)
-    y_sound = np.array(layer(x, training=False))
-    x[3, 2] = value
-    y = np.array(layer(x, training=training))
-    assert not np.isfinite(y[3]).all()
-    assert np.isfinite(np.delete(y, 3, axis=0)).all()
-    assert np.isfinite(layer.losses).all()
-    if not training:
-        np.testing.assert_allclose(
-            np.delete(y, 3, axis=0), np.delete(y_sound, 3, axis=0), rtol=1e-5, atol=1e-6
-        )
-
-
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_stays_close_to_float32(policy):
     x = np.random.default_rng(0).normal(size=(EXAMPLES, WIDTH)).astype("float32")
