@@ -80,7 +80,9 @@ def make_plan(routing, num_experts, capacity=None):
     # A `bincount` that XLA compiles.
     counts = tf.math.unsorted_segment_sum(tf.ones_like(expert), expert, num_experts + 1)
     rows_per_expert = counts[:num_experts]
-    place = tf.math.invert_permutation(order)  # of each choice, among the sorted ones
+    # The place of each choice among the sorted ones. An `invert_permutation` that XLA compiles,
+    # whatever the gating has done.
+    place = tf.scatter_nd(order[:, None], tf.range(num_examples * k), [num_examples * k])
 
     if capacity is None:
         example, choice = _example_and_choice(order, num_examples, k)

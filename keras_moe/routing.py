@@ -185,7 +185,7 @@ class SoftmaxGating(Gating):
         mask: Boolean tensor [T] or `None`; examples with `False` get gates of 0.
 
     Returns:
-        A `Routing` with K = N.
+        A `Routing` with K = N, the experts of an example in order of index.
     """
 
     @property

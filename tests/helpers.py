@@ -1,13 +1,34 @@
-"""What several test files share: weights, a small model, its data."""
+"""What several test files share: weights, comparison with the oracle, a small model, its data."""
 
 import keras
 import numpy as np
 import pytest
+import reference
 import tensorflow as tf
+from keras.ops import convert_to_numpy as numpy
+from reference_hierarchical import hierarchical_moe
 
-from keras_moe import HierarchicalMoE, SparseMoE
+from keras_moe import (
+    HierarchicalGating,
+    HierarchicalMoE,
+    NoisyTopKGating,
+    SoftmaxGating,
+    SparseMoE,
+    StrictlyBalancedGating,
+)
 
-WIDTH = 6
+WIDTH, EXAMPLES = 6, 24
+GATINGS = {
+    NoisyTopKGating: "noisy_top_k",
+    SoftmaxGating: "softmax",
+    StrictlyBalancedGating: "strictly_balanced",
+}
+# Weights that may be without a gradient outside training: noise is not drawn, and a threshold cuts.
+IDLE_AT_INFERENCE = {"noise_kernel", "primary_noise", "secondary_noise", "thresholds"}
+
+
+def examples(number=EXAMPLES, seed=0):
+    return np.random.default_rng(seed).normal(size=(number, WIDTH)).astype("float32")
 
 
 def assign_random_weights(layer, rng):
@@ -17,12 +38,156 @@ def assign_random_weights(layer, rng):
         weight.assign(rng.normal(size=weight.shape))
 
 
-def language_model(policy=None, **kwargs):
+def with_random_weights(layer, width=WIDTH, seed=0):
+    layer.build((None, width))
+    assign_random_weights(layer, np.random.default_rng(seed))
+    return layer
+
+
+def random_hierarchical(*args, **kwargs):
+    return with_random_weights(HierarchicalMoE(*args, **kwargs))
+
+
+def oracle(layer, x, *, training, upstream=None, mask=None):
+    """The oracle's answer for the layer's weights and the first noise that it will draw."""
+    gating, experts, shared = layer.gating, layer.experts, layer.shared_experts
+    arguments = {
+        **{weight.name: numpy(weight) for weight in gating.trainable_weights},
+        "k": gating.k,
+        "mask": mask,
+        "activation": experts.get_config()["activation"],
+        "capacity_factor": layer.capacity_factor if training else None,
+        "importance_loss_weight": layer.importance_loss_weight,
+        "load_loss_weight": layer.load_loss_weight,
+        "router_z_loss_weight": gating.router_z_loss_weight,
+        "batchwise_loss_weight": getattr(gating, "batchwise_loss_weight", 0.0),
+        "upstream": upstream,
+    }
+    if shared is not None:
+        arguments["shared_kernels"] = [numpy(kernel) for kernel in shared.kernels]
+        arguments["shared_biases"] = [numpy(bias) for bias in shared.biases] or None
+    hierarchical = isinstance(gating, HierarchicalGating)
+    if training and getattr(gating, "noise", False):
+        generator = keras.random.SeedGenerator(gating.seed)
+        shapes = [(len(x), gating.num_groups if hierarchical else gating.num_experts)]
+        if hierarchical:
+            shapes.append((len(x), gating.k[0], gating.experts_per_group))
+        normals = [numpy(keras.random.normal(shape, seed=generator)) for shape in shapes]
+        arguments["normals"] = normals if hierarchical else normals[0]
+    if hierarchical:
+        function = hierarchical_moe
+    else:
+        function = reference.sparse_moe
+        arguments |= {"gating": GATINGS[type(gating)], "training": training}
+    biases = [numpy(bias) for bias in experts.biases] or None
+    return function(x, [numpy(kernel) for kernel in experts.kernels], biases, **arguments)
+
+
+def run(layer, x, upstream, *, training, mask=None, way="eager"):
+    """One step forward and backward of sum(upstream * y) and all losses.
+
+    Args:
+        layer: A layer that is built.
+        x: [T, D].
+        upstream: [T, D_out].
+        training: As in a call.
+        mask: As in a call.
+        way: "eager", "graph" or "xla", the latter two with a static batch size; or
+            "graph, any batch" and "xla, any batch", where the batch size is unknown while tracing.
+
+    Returns:
+        Dict of "y", "losses", "routing" and "gradients", which go by the oracle's names.
+    """
+
+    def step(x, upstream, mask=None):
+        with tf.GradientTape() as tape, layer.recorded_routings() as routings:
+            tape.watch(x)
+            y = layer(x, training=training, mask=mask)
+            losses = list(layer.losses)
+            total = tf.reduce_sum(tf.cast(y, tf.float32) * upstream) + tf.add_n(losses)
+        sources = {"x": x, "kernels": layer.experts.kernels, "biases": layer.experts.biases}
+        if layer.shared_experts is not None:
+            sources["shared_kernels"] = layer.shared_experts.kernels
+            sources["shared_biases"] = layer.shared_experts.biases
+        sources |= {weight.name: weight for weight in layer.gating.trainable_weights}
+        sources = keras.tree.map_structure(lambda v: getattr(v, "value", v), sources)
+        gradients = tape.gradient(total, sources)
+        return {"y": y, "losses": losses, "routing": routings[0], "gradients": gradients}
+
+    arguments = [tf.constant(x, tf.float32), tf.constant(upstream, tf.float32)]
+    if mask is not None:
+        arguments.append(tf.constant(mask))
+    if way != "eager":
+        signature = [
+            tf.TensorSpec([None if "any batch" in way else len(x), *a.shape[1:]], a.dtype)
+            for a in arguments
+        ]
+        step = tf.function(
+            step, input_signature=signature, jit_compile=way.startswith("xla"), autograph=False
+        )
+    return step(*arguments)
+
+
+def assert_agrees(layer, x, *, training, mask=None, way="eager"):
+    """Compares all that the layer gives, and all gradients; returns the oracle's answer."""
+    rng = np.random.default_rng(1)
+    upstream = rng.normal(size=layer.compute_output_shape(x.shape)).astype("float32")
+    expected = oracle(layer, x, training=training, upstream=upstream, mask=mask)
+    again = type(layer).from_config(layer.get_config())  # whose noise is not drawn yet
+    again.build(x.shape)
+    again.set_weights(layer.get_weights())
+    received = run(again, x, upstream, training=training, mask=mask, way=way)
+    np.testing.assert_allclose(received["y"], expected.y, rtol=1e-5, atol=1e-5)
+    assert_same_routing(received["routing"], expected)
+    first_two, others = received["losses"][:2], received["losses"][2:]
+    wanted = [expected.importance_loss, expected.load_loss]
+    np.testing.assert_allclose(first_two, wanted, rtol=1e-5, atol=1e-6)
+    wanted = expected.router_z_loss + expected.batchwise_loss
+    np.testing.assert_allclose(np.sum(others), wanted, rtol=1e-5, atol=1e-6)
+    if layer.capacity_factor is not None:
+        # Evaluation drops nothing, and doesn't count as that.
+        metric = metrics(again)["fraction_dropped"]
+        np.testing.assert_allclose(metric, expected.fraction_dropped, rtol=1e-6)
+    assert_same_gradients(received["gradients"], expected.gradients, training)
+    return expected
+
+
+def assert_same_routing(received, expected):
+    gates, index = numpy(received.gates), numpy(received.expert_index)
+    # Under XLA there are places for every choice that there could be.
+    pad = [(0, 0), (0, gates.shape[1] - expected.gates.shape[1])]
+    wanted_index = np.pad(expected.expert_index, pad, constant_values=-1)
+    np.testing.assert_allclose(gates, np.pad(expected.gates, pad), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.where(wanted_index < 0, -1, index), wanted_index)
+    for name in ("importance", "load"):
+        wanted = getattr(expected, name).ravel()
+        np.testing.assert_allclose(getattr(received, name), wanted, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_gradients(received, expected, training):
+    for name, gradient in received.items():
+        ours = keras.tree.flatten(gradient)
+        if not ours:
+            continue  # Biases that the layer does without.
+        for our, their in zip(ours, keras.tree.flatten(expected[name]), strict=True):
+            if our is None:
+                assert name in IDLE_AT_INFERENCE and not training, name
+                our = np.zeros_like(their)
+            assert not isinstance(our, tf.IndexedSlices), name
+            np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def metrics(layer):
+    """The layer's metrics by the part of their names behind the slash."""
+    return {metric.name.rpartition("/")[2]: metric.result() for metric in layer.metrics}
+
+
+def language_model(policy=None, moe=None, **kwargs):
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [
             keras.layers.Embedding(50, 8, mask_zero=True, dtype=policy),
-            SparseMoE(8, 16, k=2, name="moe", dtype=policy, **kwargs),
+            moe or SparseMoE(8, 16, k=2, name="moe", dtype=policy, **kwargs),
             keras.layers.Dense(50, dtype=policy),
         ]
     )
@@ -68,12 +233,6 @@ EVERY_LAYER = {
 }
 
 every_layer = pytest.mark.parametrize("make", EVERY_LAYER.values(), ids=EVERY_LAYER.keys())
-
-
-def with_random_weights(layer, width=WIDTH, seed=0):
-    layer.build((None, width))
-    assign_random_weights(layer, np.random.default_rng(seed))
-    return layer
 
 
 def call_and_gradients(layer, x, *, training, mask=None):

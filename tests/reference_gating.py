@@ -141,6 +141,13 @@ def noisy_top_k(x, gate_kernel, noise_kernel, normals, k, mask, noise_epsilon):
 
 
 def softmax_gating(x, gate_kernel, mask):
-    """Softmax gating (Eq 2) of a batch: top-k gating that keeps every expert, without noise."""
+    """Softmax gating (Eq 2) of a batch: top-k gating that keeps every expert, without noise.
+
+    As nothing is chosen, `expert_index` lists the experts in their own order, not by gate.
+    """
     num_experts = gate_kernel.shape[1]
-    return noisy_top_k(x, gate_kernel, np.zeros_like(gate_kernel), None, num_experts, mask, 0.0)
+    gating, backward = noisy_top_k(
+        x, gate_kernel, np.zeros_like(gate_kernel), None, num_experts, mask, 0.0
+    )
+    gating.expert_index[unmasked(mask, len(x))] = np.arange(num_experts)
+    return gating, backward

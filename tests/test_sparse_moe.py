@@ -4,79 +4,14 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
-import reference
 import tensorflow as tf
-from helpers import WIDTH, assign_random_weights
+from helpers import EXAMPLES, WIDTH, assert_agrees, assign_random_weights, oracle, run
 from hypothesis import strategies as st
 from keras.ops import convert_to_numpy as numpy
 
-import keras_moe
 from keras_moe import SparseMoE
 
-EXAMPLES, HIDDEN = 24, 5
-
-
-def oracle(layer, x, *, training, upstream=None, mask=None):
-    """The oracle's answer for the layer's weights and the first noise that it will draw."""
-    noisy = training and isinstance(layer.gating, keras_moe.NoisyTopKGating)
-    normals = None
-    if noisy:
-        generator = keras.random.SeedGenerator(layer.seed)
-        normals = np.array(keras.random.normal((len(x), layer.num_experts), seed=generator))
-    softmax = isinstance(layer.gating, keras_moe.SoftmaxGating)
-    return reference.sparse_moe(
-        x,
-        [numpy(kernel) for kernel in layer.experts.kernels],
-        [numpy(bias) for bias in layer.experts.biases] or None,
-        gate_kernel=numpy(layer.gating.gate_kernel),
-        noise_kernel=None if softmax else numpy(layer.gating.noise_kernel),
-        normals=normals,
-        k=None if softmax else layer.k,
-        gating="softmax" if softmax else "noisy_top_k",
-        mask=mask,
-        activation=layer.experts.activation.__name__,
-        importance_loss_weight=layer.importance_loss_weight,
-        load_loss_weight=layer.load_loss_weight,
-        upstream=upstream,
-    )
-
-
-def gradients(layer, x, upstream, *, training, mask=None):
-    """Output, losses, and the gradients that the oracle gives, under its names."""
-    x = tf.constant(x, "float32")
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = layer(x, training=training, mask=mask)
-        total = tf.reduce_sum(tf.cast(y, tf.float32) * upstream) + tf.add_n(layer.losses)
-    wanted = {"x": x, "kernels": layer.experts.kernels, "biases": layer.experts.biases}
-    for name in ("gate_kernel", "noise_kernel"):
-        wanted[name] = getattr(layer.gating, name, [])
-    values = keras.tree.map_structure(lambda v: getattr(v, "value", v), wanted)
-    return y, list(layer.losses), tape.gradient(total, values)
-
-
-def assert_agrees(layer, x, *, training, mask=None, seed=0):
-    upstream = np.random.default_rng(seed).normal(size=(len(x), layer(x).shape[-1]))
-    layer_again = SparseMoE.from_config(layer.get_config())  # whose noise is not drawn yet
-    layer_again.build(x.shape)
-    layer_again.set_weights(layer.get_weights())
-    expected = oracle(layer, x, training=training, upstream=upstream, mask=mask)
-    y, losses, received = gradients(layer_again, x, upstream, training=training, mask=mask)
-    np.testing.assert_allclose(y, expected.y, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        losses, [expected.importance_loss, expected.load_loss], rtol=1e-5, atol=1e-6
-    )
-    for name, gradient in received.items():
-        if isinstance(gradient, list) and not gradient:
-            continue  # A weight that the layer does without.
-        for ours, theirs in zip(
-            keras.tree.flatten(gradient), keras.tree.flatten(expected.gradients[name]), strict=True
-        ):
-            if ours is None:  # The noise kernel has no part in a call without noise.
-                assert name == "noise_kernel" and not training
-                ours = np.zeros_like(theirs)
-            assert not isinstance(ours, tf.IndexedSlices)
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4, err_msg=name)
+HIDDEN = 5
 
 
 def sizes():
@@ -201,8 +136,10 @@ def test_mixed_precision_stays_close_to_float32(policy):
     x = x.astype("float32")
     np.testing.assert_array_equal(exact.gates, mixed.route(x).gates)  # `route` rounds as a call
     np.testing.assert_array_equal(mixed.route(x).expert_index, full.route(x).expert_index)
-    y_full, _, d_full = gradients(full, x, 1.0, training=False)
-    y_mixed, _, d_mixed = gradients(mixed, x, 1.0, training=False)
+    (y_full, d_full), (y_mixed, d_mixed) = (
+        (step["y"], step["gradients"])
+        for step in (run(layer, x, np.ones_like(x), training=False) for layer in (full, mixed))
+    )
     assert y_mixed.dtype == mixed.compute_dtype
     # 11 and 8 significant bits in the products: 2⁻¹¹ and 2⁻⁸, a few of them added up.
     tolerance = 2.0**-8 if policy == "mixed_float16" else 2.0**-5
