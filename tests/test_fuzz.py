@@ -31,6 +31,7 @@ POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "float64", "bfloat16")
 # Of 6·10⁴ float16 holds little more, and float32 no fourth power of 10¹⁰.
 BROKEN = {"huge": 6e4, "enormous": 1e10, "nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 
+
 def settings(max_examples):
     return hypothesis.settings(
         max_examples=max_examples,
