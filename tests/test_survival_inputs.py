@@ -277,3 +277,14 @@ def test_ragged_input_is_refused(name, x):
         layer.route(x())
     with pytest.raises(ValueError, match="takes no ragged input"):
         keras.Sequential([layer]).predict(ragged(), verbose=0)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def test_experts_that_take_means_of_their_rows_get_one(capacity_factor, number):
+    expert = keras.Sequential([keras.layers.BatchNormalization(), keras.layers.Dense(WIDTH)])
+    layer = SparseMoE(3, experts=expert, k=2, capacity_factor=capacity_factor, num_shared_experts=1)
+    y, losses, gradients = call_and_gradients(layer, examples(number), training=True)
+    assert y.shape == (number, WIDTH)
+    for array in (y, *losses, *gradients, *layer.get_weights()):
+        assert np.isfinite(array).all()
