@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_k, check_weight
-from keras_moe.routing import Gating, make_routing
+from keras_moe.routing import Gating, make_routing, softmax
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -62,7 +62,7 @@ class StrictlyBalancedGating(Gating):
     def call(self, x, training=None, mask=None):
         logits = ops.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
-        scores = ops.softmax(logits, axis=-1)
+        scores = softmax(logits, competing=logits)
         counted = ops.all(ops.isfinite(scores), axis=-1, keepdims=True)
         if mask is not None:
             counted = ops.logical_and(counted, mask[:, None])

@@ -152,7 +152,7 @@ class NoisyGating(Gating):
         # One more than K: the load asks for the threshold below the last choice.
         top_logits, top_index = ops.top_k(logits, min(k + 1, num_choices))
         chosen = top_logits[:, :k]
-        gates = _softmax(chosen, competing=logits if k == 1 else chosen)
+        gates = softmax(chosen, competing=logits if k == 1 else chosen)
         chances = None
         if noise_logits is not None and k < num_choices:
             chances = losses.load(clean_logits, logits, stddev, top_logits)
@@ -196,7 +196,7 @@ class SoftmaxGating(Gating):
     def call(self, x, training=None, mask=None):
         logits = ops.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
-        gates = _softmax(logits, competing=logits)
+        gates = softmax(logits, competing=logits)
         expert_index = ops.broadcast_to(
             ops.arange(self.num_experts, dtype="int32"), ops.shape(gates)
         )
@@ -259,6 +259,6 @@ class NoisyTopKGating(NoisyGating):
         return {**super().get_config(), "k": self.k}
 
 
-def _softmax(logits, competing):
+def softmax(logits, competing):
     """The share of each of `logits` in the softmax over the logits `competing`."""
     return ops.exp(logits - ops.logsumexp(competing, axis=-1, keepdims=True))
