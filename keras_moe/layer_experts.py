@@ -1,5 +1,7 @@
 """Experts that are any Keras layers: `LayerExperts`."""
 
+import copy
+
 import keras
 from keras import ops
 
@@ -106,7 +108,9 @@ class LayerExperts(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config):
-        return cls(**{**config, "layer": keras.saving.deserialize_keras_object(config["layer"])})
+        # Of a copy: Keras empties the configuration of a functional model that it reads.
+        layer = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]))
+        return cls(**{**config, "layer": layer})
 
 
 def _reseeded(config, number):

@@ -31,16 +31,16 @@ def examples(number=EXAMPLES, seed=0):
     return np.random.default_rng(seed).normal(size=(number, WIDTH)).astype("float32")
 
 
-def assign_random_weights(layer, rng):
+def assign_random_weights(layer, rng, scale=1.0):
     """Weights far from zero: initial gating kernels are zeros, which would test ties alone."""
     assert layer.built
     for weight in layer.weights:
-        weight.assign(rng.normal(size=weight.shape))
+        weight.assign(scale * rng.normal(size=weight.shape))
 
 
-def with_random_weights(layer, width=WIDTH, seed=0):
+def with_random_weights(layer, width=WIDTH, seed=0, scale=1.0):
     layer.build((None, width))
-    assign_random_weights(layer, np.random.default_rng(seed))
+    assign_random_weights(layer, np.random.default_rng(seed), scale)
     return layer
 
 

@@ -4,8 +4,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import WIDTH, assert_agrees, examples, random_hierarchical, with_random_weights
+from reference_experts import GATED_ACTIVATIONS
 
-from keras_moe import FeedForwardExperts
+from keras_moe import FeedForwardExperts, SparseMoE
+
+MASK = np.random.default_rng(2).random(24) < 0.6
 
 
 def test_rows_behind_the_last_expert_are_zeros():
@@ -27,6 +31,55 @@ def test_each_expert_is_drawn_like_a_layer_of_its_own():
     everything = np.stack([up.reshape(50, -1), down.reshape(50, -1)]).reshape(100, -1)
     correlation = np.corrcoef(everything) - np.eye(100)
     assert np.abs(correlation).max() < 0.25  # 512 draws: √(1/512) = 0.044, more than 5 times
+
+
+def test_each_half_of_a_gated_layer_is_drawn_with_its_own_fans():
+    bank = FeedForwardExperts(50, [32, 32], activation="swiglu", kernel_initializer="glorot_normal")
+    bank.build((None, 16))
+    shapes = [tuple(kernel.shape) for kernel in bank.kernels]
+    assert shapes == [(50, 16, 64), (50, 32, 64), (50, 32, 16)]
+    # Glorot: the deviation is √(2 / (fan in + fan out)), of 16 and 32, 32 and 32, 32 and 16.
+    for kernel, fans in zip(bank.kernels, (48, 64, 48), strict=True):
+        kernel = keras.ops.convert_to_numpy(kernel)
+        halves = np.split(kernel, 2, axis=-1) if kernel.shape[-1] == 64 else [kernel]
+        for half in halves:
+            np.testing.assert_allclose(
+                half.std(axis=(1, 2)), np.full(50, (2 / fans) ** 0.5), rtol=0.15
+            )
+
+
+def test_halves_of_a_seeded_or_orthogonal_layer_are_two_matrices():
+    initializer = keras.initializers.Orthogonal(seed=1)
+    bank = FeedForwardExperts(2, 4, activation="glu", kernel_initializer=initializer)
+    bank.build((None, 4))
+    halves = np.concatenate(np.split(keras.ops.convert_to_numpy(bank.kernels[0]), 2, axis=-1))
+    for i in range(4):
+        np.testing.assert_allclose(halves[i] @ halves[i].T, np.eye(4), atol=1e-5)
+        for j in range(i):
+            assert np.abs(halves[i] - halves[j]).max() > 0.1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", sorted(GATED_ACTIVATIONS))
+def test_gated_activations_agree_with_the_oracle(activation, training):
+    layer = SparseMoE(5, [4, 3], k=2, activation=activation, use_bias=True, seed=7)
+    # Products of products: smaller weights keep them at sizes that float32 can hold.
+    assert_agrees(with_random_weights(layer, 0.5), examples(), training=training, mask=MASK)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("hierarchical", [True, False])
+def test_shared_experts_agree_with_the_oracle(hierarchical, masked, training):
+    options = {"num_shared_experts": 3, "use_bias": True, "seed": 7, "output_dim": 4}
+    if hierarchical:
+        layer = random_hierarchical(3, 2, 5, k=(2, 1), activation="tanh", **options)
+    else:
+        layer = with_random_weights(SparseMoE(5, 5, k=2, activation="geglu", **options))
+    expected = assert_agrees(layer, examples(), training=training, mask=MASK if masked else None)
+    if masked:
+        np.testing.assert_array_equal(expected.y[~MASK], np.zeros((np.sum(~MASK), 4)))
+    assert layer.shared_experts.kernels[0].shape[:2] == (3, WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -86,3 +139,10 @@ def test_config_round_trip():
     assert [tuple(k.shape) for k in clone.kernels] == [(3, 5, 4), (3, 4, 6), (3, 6, 2)]
     assert [tuple(b.shape) for b in clone.biases] == [(3, 4), (3, 6), (3, 2)]
     assert clone.compute_output_shape((None, 5)) == (None, 2)
+
+
+def test_config_carries_what_came_later():
+    options = {"activation": "swiglu", "recompute": True, "static_shapes": True}
+    bank = FeedForwardExperts(3, 4, **options)
+    assert options.items() <= bank.get_config().items()
+    assert FeedForwardExperts.from_config(bank.get_config()).get_config() == bank.get_config()

@@ -67,6 +67,21 @@ def test_uneven_and_empty_groups_agree_with_the_oracle(training):
     np.testing.assert_array_equal(expected.load[0], np.zeros(3))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_z_loss_of_both_levels_agrees_with_the_oracle(training):
+    layer = random_hierarchical(4, 3, HIDDEN, k=(2, 2), router_z_loss_weight=0.2, seed=5)
+    mask = np.arange(EXAMPLES) % 3 > 0
+    expected = assert_agrees(layer, examples(), training=training, mask=mask)
+    layer(examples(), training=training, mask=mask)
+    # Behind importance and load: that of the groups, then that within the groups.
+    _, _, primary, secondary = layer.losses
+    logits = examples()[mask] @ numpy(layer.gating.primary)
+    wanted = 0.2 * np.mean(np.logaddexp.reduce(logits, axis=-1) ** 2)
+    np.testing.assert_allclose(primary, wanted, rtol=1e-5)
+    np.testing.assert_allclose(primary + secondary, expected.router_z_loss, rtol=1e-5)
+    assert secondary > 0.01
+
+
 class FixedGating(keras.layers.Layer):
     """A flat gating over all experts, whose gates were worked out beforehand."""
 

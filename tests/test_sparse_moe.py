@@ -5,7 +5,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import EXAMPLES, WIDTH, assert_agrees, assign_random_weights, oracle, run
+from helpers import (
+    EXAMPLES,
+    WIDTH,
+    assert_agrees,
+    assign_random_weights,
+    examples,
+    oracle,
+    run,
+    with_random_weights,
+)
 from hypothesis import strategies as st
 from keras.ops import convert_to_numpy as numpy
 
@@ -119,6 +128,18 @@ def test_losses_are_importance_then_load_then_others():
     np.testing.assert_allclose(load_loss, 0.5 * 3, rtol=1e-6)
     expected = [0.01 * np.square(numpy(kernel)).sum() for kernel in layer.experts.kernels]
     np.testing.assert_allclose(regularization, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gating", ["noisy_top_k", "softmax"])
+@pytest.mark.parametrize("training", [True, False])
+def test_z_loss_agrees_with_the_oracle(gating, training):
+    layer = SparseMoE(7, 3, k=2, gating=gating, router_z_loss_weight=0.2, seed=3, use_bias=True)
+    layer = with_random_weights(layer)
+    mask = np.arange(EXAMPLES) % 3 > 0
+    expected = assert_agrees(layer, examples(), training=training, mask=mask)
+    layer(examples(), training=training, mask=mask)
+    assert len(layer.losses) == 3  # Behind importance and load; before a regularizer's.
+    np.testing.assert_allclose(layer.losses[2], expected.router_z_loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
