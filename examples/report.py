@@ -1,4 +1,4 @@
-"""What the language-model example shows: progress, table, contexts of experts, pictures."""
+"""What the language-model examples show: progress, table, contexts of experts, pictures."""
 
 import time
 
@@ -138,6 +138,34 @@ def plot_load(load, path):
     axes.set(xlabel="experts, by load", ylabel="words of the test text")
     axes.set_title(f"Load: max/mean {load.max() / load.mean():.2f}")
     axes.legend()
+    return _save(figure, path)
+
+
+def plot_settings(rows, paper, path):
+    """Draws each column of Table 6 by setting, ours beside the paper's.
+
+    Args:
+        rows: {(w_importance, w_load): {column: figure}}.
+        paper: The same of the paper.
+        path: The file to write.
+    """
+    columns = list(next(iter(rows.values())))
+    figure, grid = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    place = np.arange(len(rows))
+    for axes, column in zip(grid.flat, columns, strict=True):
+        for side, (whose, table) in enumerate({"this run": rows, "the paper": paper}.items()):
+            figures = np.array([table[setting][column] for setting in rows])
+            if column == "perplexity":  # of texts so different that only the ratio compares
+                figures = 100 * (figures / figures.min() - 1)
+            axes.bar(place + 0.4 * side - 0.2, figures, 0.4, label=whose)
+        axes.set_xticks(place, ["{:g}, {:g}".format(*setting) for setting in rows])
+        axes.set_title(column)
+        if column == "perplexity":
+            axes.set_title("perplexity, % above the best setting's")
+        else:
+            axes.set_yscale("log")
+    grid[0, 0].legend()
+    figure.supxlabel("w_importance, w_load")
     return _save(figure, path)
 
 
