@@ -158,14 +158,14 @@ def plot_settings(rows, paper, path):
             if column == "perplexity":  # of texts so different that only the ratio compares
                 figures = 100 * (figures / figures.min() - 1)
             axes.bar(place + 0.4 * side - 0.2, figures, 0.4, label=whose)
-        axes.set_xticks(place, ["{:g}, {:g}".format(*setting) for setting in rows])
+        axes.set_xticks(place, ["{:g}\n{:g}".format(*setting) for setting in rows])
         axes.set_title(column)
         if column == "perplexity":
             axes.set_title("perplexity, % above the best setting's")
         else:
             axes.set_yscale("log")
     grid[0, 0].legend()
-    figure.supxlabel("w_importance, w_load")
+    figure.supxlabel("w_importance (above) and w_load (below)")
     return _save(figure, path)
 
 
