@@ -141,30 +141,32 @@ def plot_load(load, path):
     return _save(figure, path)
 
 
-def plot_settings(rows, paper, path):
-    """Draws each column of Table 6 by setting, ours beside the paper's.
+def plot_settings(tables, path):
+    """Draws each column of Table 6 by setting, a bar for each table that has it.
 
     Args:
-        rows: {(w_importance, w_load): {column: figure}}.
-        paper: The same of the paper.
+        tables: {name: {(w_importance, w_load): {column: figure}}}, the last with every column.
         path: The file to write.
     """
-    columns = list(next(iter(rows.values())))
+    *_, complete = tables.values()
+    columns = list(next(iter(complete.values())))
     figure, grid = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
-    place = np.arange(len(rows))
+    place = np.arange(len(complete))
     for axes, column in zip(grid.flat, columns, strict=True):
-        for side, (whose, table) in enumerate({"this run": rows, "the paper": paper}.items()):
-            figures = np.array([table[setting][column] for setting in rows])
-            if column == "perplexity":  # of texts so different that only the ratio compares
+        for side, (name, rows) in enumerate(tables.items()):
+            figures = np.array([row[column] for row in rows.values() if column in row])
+            if column == "perplexity" and len(figures):
+                # Of texts so different that only the ratio compares.
                 figures = 100 * (figures / figures.min() - 1)
-            axes.bar(place + 0.4 * side - 0.2, figures, 0.4, label=whose)
-        axes.set_xticks(place, ["{:g}\n{:g}".format(*setting) for setting in rows])
-        axes.set_title(column)
+            if len(figures):
+                axes.bar(place + 0.28 * (side - 1), figures, 0.28, color=f"C{side}", label=name)
+        axes.set_xticks(place, ["{:g}\n{:g}".format(*setting) for setting in complete])
         if column == "perplexity":
             axes.set_title("perplexity, % above the best setting's")
         else:
+            axes.set_title(column)
             axes.set_yscale("log")
-    grid[0, 0].legend()
+    grid[0, 1].legend()
     figure.supxlabel("w_importance (above) and w_load (below)")
     return _save(figure, path)
 

