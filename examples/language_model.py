@@ -12,19 +12,19 @@ compares their perplexity on held-out text, shows what some experts have special
 draws the curves, exports the mixture and queries the export from another process.
 """
 
-import argparse
 import pathlib
 import subprocess
 import sys
 import time
 
+import experiment
 import keras
 import numpy as np
 import report
 import serving
 import tensorflow as tf
 import text
-from state_of_the_union import StateOfTheUnion
+from experiment import evaluate, heading, read_words, train
 from word_model import SideBySide, WordModel, footprint
 
 import keras_moe
@@ -34,13 +34,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def parse_arguments(arguments=None):
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", help="UTF-8 file, a sentence or more on a line")
-    source.add_argument("--dataset", default=StateOfTheUnion.name, help="of tensorflow-datasets")
-    for name, default, meaning in (
+    options = (
         ("vocabulary-size", 6000, "words that the models know"),
         ("width", 32, "units of the embedding and of every layer"),
         ("num-experts", 64, "experts of the mixture"),
@@ -56,26 +50,15 @@ def parse_arguments(arguments=None):
         ("seed", 0, "seed of the weights, the noise and the batches"),
         ("output", ROOT / "results" / "language_model", "folder for the pictures"),
         ("export", ROOT / "saved_models" / "language_model" / "1", "folder for the export"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=type(default), default=default, help=f"{meaning} (%(default)s)"
-        )
-    return parser.parse_args(arguments)
+    )
+    return experiment.parse_arguments(__doc__, options, arguments)
 
 
 def main(args):
     """Does all that the script does and returns the rows of the table."""
     start = time.time()
     serving.check_target(args.export)  # Now, not after minutes of training.
-    heading(f"Reading {args.text or args.dataset}")
-    splits = text.load_file(args.text) if args.text else text.load_dataset(args.dataset)
-    lookup = text.build_vocabulary(splits["train"], args.vocabulary_size)
-    words = {part: text.encode(sentences, lookup) for part, sentences in splits.items()}
-    for part, sentences in words.items():
-        ids = sentences.flat_values
-        unknown = np.mean(ids == text.UNKNOWN_ID)
-        print(f"{part:>10}: {sentences.nrows():9,} sentences, {len(ids):11,} words,", end=" ")
-        print(f"{unknown:.1%} unknown")
+    words, lookup = read_words(args)
 
     heading("Training side by side, on the same batches")
     keras.utils.set_random_seed(args.seed)
@@ -112,7 +95,7 @@ def main(args):
     history = train(pair, words, args)
 
     heading("Whole held-out documents: perplexity per word, end of sentence counted")
-    results = evaluate(pair, words["test"], args)
+    results = compare(pair, words["test"], args)
     report.print_table(results)
     heading("What the experts do: the words of the test text with the largest gates (Table 9)")
     batches = text.batches(words["test"], args.words_per_batch)
@@ -135,58 +118,19 @@ def main(args):
     return results
 
 
-def train(pair, words, args):
-    """Trains on batches that depend on the seed alone, and returns the history of `fit`."""
-    batches = text.batches(words["train"], args.words_per_batch, seed=args.seed, epochs=args.epochs)
-    steps = len(batches)
-    if steps < args.evaluations:
-        raise ValueError(
-            "The text must be long enough for a batch before each evaluation. Received: "
-            f"{steps} batches for {args.evaluations} evaluations"
-        )
-    warm_up = min(200, steps // 10)
-    learning_rate = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warm_up, warmup_target=args.learning_rate, warmup_steps=warm_up
-    )
-    pair.compile(keras.optimizers.Adam(learning_rate))
-    history = pair.fit(
-        batches,
-        epochs=args.evaluations,
-        steps_per_epoch=steps // args.evaluations,
-        validation_data=text.batches(words["validation"], args.words_per_batch),
-        shuffle=False,  # The batches are shuffled.
-        callbacks=[report.Progress(list(pair.models), steps)],
-        verbose=0,
-    )
-    history.steps = (np.array(history.epoch) + 1) * (steps // args.evaluations)
-    return history
-
-
-def evaluate(pair, sentences, args):
-    """Returns the rows of the table that compares the models."""
-    batches = text.batches(sentences, args.words_per_batch)
-    logs = pair.evaluate(batches, return_dict=True, verbose=0)
+def compare(pair, sentences, args):
+    """Returns the rows of the table: perplexity, size, and balance of the experts."""
     rows = {}
-    for name, model in pair.models.items():
-        operations, parameters = footprint(model)
+    for name, balance in evaluate(pair, sentences, args).items():
+        operations, parameters = footprint(pair.models[name])
         rows[name] = {
-            "perplexity": logs[f"{name}/perplexity"],
+            "perplexity": balance.pop("perplexity"),
             "ops/timestep": operations,
             "parameters": parameters,
-            "CV(importance)": logs.get(f"{name}/cv_importance"),
-            "CV(load)": logs.get(f"{name}/cv_load"),
-            "max/mean load": logs.get(f"{name}/max_over_mean_load"),
+            **balance,
         }
     return rows
 
 
-def heading(title):
-    """Prints a title at once, so that a newcomer sees what is going on."""
-    print(f"\n=== {title}", flush=True)
-
-
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    experiment.run(main, parse_arguments())

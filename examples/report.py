@@ -1,4 +1,4 @@
-"""What the language-model example shows: progress, table, pictures."""
+"""What the language-model examples show: progress, table, pictures."""
 
 import time
 
@@ -85,6 +85,36 @@ def plot_load(load, path):
     axes.set(xlabel="experts, by load", ylabel="words of the test text")
     axes.set_title(f"Load: max/mean {load.max() / load.mean():.2f}")
     axes.legend()
+    return _save(figure, path)
+
+
+def plot_settings(tables, path):
+    """Draws each column of Table 6 by setting, a bar for each table that has it.
+
+    Args:
+        tables: {name: {(w_importance, w_load): {column: figure}}}, the last with every column.
+        path: The file to write.
+    """
+    *_, complete = tables.values()
+    columns = list(next(iter(complete.values())))
+    figure, grid = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    place = np.arange(len(complete))
+    for axes, column in zip(grid.flat, columns, strict=True):
+        for side, (name, rows) in enumerate(tables.items()):
+            figures = np.array([row[column] for row in rows.values() if column in row])
+            if column == "perplexity" and len(figures):
+                # Of texts so different that only the ratio compares.
+                figures = 100 * (figures / figures.min() - 1)
+            if len(figures):
+                axes.bar(place + 0.28 * (side - 1), figures, 0.28, color=f"C{side}", label=name)
+        axes.set_xticks(place, ["{:g}\n{:g}".format(*setting) for setting in complete])
+        if column == "perplexity":
+            axes.set_title("perplexity, % above the best setting's")
+        else:
+            axes.set_title(column)
+            axes.set_yscale("log")
+    grid[0, 1].legend()
+    figure.supxlabel("w_importance (above) and w_load (below)")
     return _save(figure, path)
 
 

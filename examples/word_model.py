@@ -17,17 +17,19 @@ class WordModel(keras.Model):
         middle: The layer between the LSTMs, from [B, L, D] to [B, L, D].
         dropout: Part of every layer's output to drop in training.
         num_sampled: Words to draw for the softmax in training.
+        seed: Integer, seed of the dropout and of the words drawn, so that several models can have
+            the same. The middle has its own.
     """
 
-    def __init__(self, vocabulary_size, width, middle, dropout=0.1, num_sampled=1024):
+    def __init__(self, vocabulary_size, width, middle, dropout=0.1, num_sampled=1024, seed=None):
         super().__init__()
         self.width = width
         self.embedding = keras.layers.Embedding(vocabulary_size, width)
         self.lstm_in = keras.layers.LSTM(width, return_sequences=True)
         self.middle = middle
         self.lstm_out = keras.layers.LSTM(width, return_sequences=True)
-        self.softmax = SampledSoftmax(vocabulary_size, num_sampled)
-        self.dropout = keras.layers.Dropout(dropout)
+        self.softmax = SampledSoftmax(vocabulary_size, num_sampled, seed)
+        self.dropout = keras.layers.Dropout(dropout, seed=seed)
 
     def build(self, tokens_shape):
         """Builds all layers: training alone would leave the softmax out."""
@@ -69,9 +71,10 @@ class SideBySide(keras.Model):
         self.perplexities = {name: Perplexity(name=f"{name}/perplexity") for name in models}
 
     def build(self, tokens_shape):
-        """Builds the models."""
+        """Builds the models that aren't built yet."""
         for model in self.models.values():
-            model.build(tokens_shape)
+            if not model.built:
+                model.build(tokens_shape)
 
     def call(self, tokens, training=None):
         """The models' outputs by name."""
@@ -93,10 +96,12 @@ class SampledSoftmax(keras.layers.Dense):
     Args:
         vocabulary_size: V; ids are sorted by decreasing frequency, as the sampler supposes.
         num_sampled: Words drawn per batch.
+        seed: Integer, seed of the draws.
     """
 
-    def __init__(self, vocabulary_size, num_sampled):
+    def __init__(self, vocabulary_size, num_sampled, seed=None):
         super().__init__(vocabulary_size, activation="log_softmax")
+        self.seed = seed
         self.num_sampled = min(num_sampled, vocabulary_size)
 
     def sampled_loss(self, hidden, targets):
@@ -108,6 +113,7 @@ class SampledSoftmax(keras.layers.Dense):
             inputs=hidden,
             num_sampled=self.num_sampled,
             num_classes=self.units,
+            seed=self.seed,
         )
 
 

@@ -64,7 +64,7 @@ def test_halves_of_a_seeded_or_orthogonal_layer_are_two_matrices():
 def test_gated_activations_agree_with_the_oracle(activation, training):
     layer = SparseMoE(5, [4, 3], k=2, activation=activation, use_bias=True, seed=7)
     # Products of products: smaller weights keep them at sizes that float32 can hold.
-    assert_agrees(with_random_weights(layer, 0.5), examples(), training=training, mask=MASK)
+    assert_agrees(with_random_weights(layer, scale=0.5), examples(), training=training, mask=MASK)
 
 
 @pytest.mark.parametrize("training", [True, False])
