@@ -123,7 +123,8 @@ def test_a_layer_that_recomputes_gives_the_same(factor, way):
     options = {"gating": gating, "activation": "geglu", "use_bias": True, "num_shared_experts": 1}
     plain, recomputing = (
         with_random_weights(
-            SparseMoE(5, [4, 3], capacity_factor=factor, recompute=recompute, **options), 0.5
+            SparseMoE(5, [4, 3], capacity_factor=factor, recompute=recompute, **options),
+            scale=0.5,
         )
         for recompute in (False, True)
     )
