@@ -87,7 +87,7 @@ def banks(draw):
 @st.composite
 def inputs(draw):
     """[..., D] with some broken examples, a mask, and which examples are not broken."""
-    leading = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
+    leading = draw(st.lists(st.sampled_from([3, 2, 4, 1, 5, 3, 2, 0]), min_size=1, max_size=3))
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
     width, number = draw(st.integers(1, 4)), int(np.prod(leading))
     values = draw(st.sampled_from(["normal", "equal", "zero", *BROKEN]))
