@@ -30,7 +30,8 @@ class LayerExperts(keras.layers.Layer):
     Args:
         num_experts: N, the number of experts.
         layer: The layer or model to clone: from [rows, D] to [rows, output_dim], each row by
-            itself. It is not used itself, and its weights are not copied.
+            itself. It is not used itself, and its weights are not copied. A class of your own has
+            to be registered, by `keras.saving.register_keras_serializable`.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Attributes:
