@@ -34,8 +34,9 @@ class SparseMoE(keras.layers.Layer):
 
     The logs of `fit` and `evaluate` show the balance of the experts, averaged over the batches:
     `<layer>/cv_importance`, `<layer>/cv_load` and `<layer>/max_over_mean_load`, the columns of
-    Table 6 in the paper; with a capacity also `<layer>/fraction_dropped`. Any call with `training` given updates them, so leave it out of a model's
-    call that you export by hand, as `model.export` does.
+    Table 6 in the paper; with a capacity also `<layer>/fraction_dropped`. Any call with `training`
+    given updates them, so leave it out of a model's call that you export by hand, as
+    `model.export` does.
 
     Args:
         num_experts: N, the number of experts.
