@@ -1,13 +1,13 @@
 """The way of the rows to their experts and back.
 
-Every example has K choices, so T examples make T·K rows. `make_plan` sorts them by expert;
-`dispatch` brings the rows into that order, `combine` sums the rows of each example, weighted by the
-gates; `collect` brings them back as they are. An order is always a permutation, or part of one, so
-each gradient is again a gather: nothing is scattered and nothing is sparse.
+Every example has K choices, so T examples make T·K rows. `make_plan` gives each of them a position.
+First come C places of each expert in turn, filled from the first; then, sorted by expert, the rows
+that found the places of their expert taken; then those of choices that count for nothing (gate 0).
+With C = 0 all rows stand close together. Or what finds no place is dropped, and combines to zero.
 
-There are two layouts. Without a capacity the rows stand close together, and those of choices that
-count for nothing (gate 0) at the end, where they belong to no expert. With a capacity every expert
-has C places, filled from the first; what finds no place is dropped and combines to zero.
+`dispatch` brings the rows into position, `combine` sums the rows of each example, weighted by the
+gates; `collect` brings them back as they are. Each of these is a gather whose inverse is known, so
+each gradient is again a gather: nothing is scattered and nothing is sparse.
 """
 
 from typing import Any, NamedTuple
@@ -16,26 +16,24 @@ import tensorflow as tf
 
 
 class Plan(NamedTuple):
-    """Where each row goes. R rows: T·K without a capacity, N·C with one.
+    """Where each row goes. R rows, of which the first N·C are places.
 
     Attributes:
-        example: int32 [R], the example that each row is a copy of.
-        choice: int32 [R], which of all choices (example·K + k) each row is.
+        example: int32 [R], the example that each row is a copy of; T for an empty place.
+        choice: int32 [R], which of all choices (example·K + k) each row is; T·K for an empty place.
         position: int32 [T, K], the row of each choice.
-        rows_per_expert: int32 [N]; `None` with a capacity, where every expert has C rows.
-        places: N and C, integers or int32 scalars; `None` without a capacity.
-        filled: bool [R], `False` for an empty place; `None` without a capacity.
-        kept: bool [T, K], whether the choice has a row; `None` without a capacity.
+        rows_per_expert: int32 [N], the rows behind the places; `None` where they are dropped.
+        capacity: C, an integer or int32 scalar.
+        kept: bool [T, K], whether the choice has a row; `None` where nothing is dropped.
         fraction_dropped: float32 scalar, the part of the choices that found no place; `None`
-            without a capacity.
+            where nothing is dropped.
     """
 
     example: Any
     choice: Any
     position: Any
     rows_per_expert: Any
-    places: Any = None
-    filled: Any = None
+    capacity: Any
     kept: Any = None
     fraction_dropped: Any = None
 
@@ -58,8 +56,8 @@ def expert_capacity(factor, k, num_examples, num_experts):
     return capacity if known is None else int(known)
 
 
-def make_plan(routing, num_experts, capacity=None):
-    """Sorts the choices of a `Routing` by expert.
+def make_plan(routing, num_experts, capacity=0, drop=False):
+    """Gives each choice of a `Routing` its row.
 
     Of one expert's rows the first choices come first, then the second choices and so on; among
     those, earlier examples come first. So that is who gets a place where places are short.
@@ -67,49 +65,56 @@ def make_plan(routing, num_experts, capacity=None):
     Args:
         routing: A `Routing` of T examples with K choices each.
         num_experts: N.
-        capacity: C, the most rows of an expert, an integer or int32 scalar; `None` for any number.
+        capacity: C, the places of each expert: an integer, an int32 scalar, or a function of the
+            number of rows of each expert, int32 [N], that decides on it.
+        drop: Whether rows without a place are dropped, so that all shapes are static.
 
     Returns:
         A `Plan`.
     """
     num_examples, k = _sizes(routing.expert_index)
+    num_choices = num_examples * k
     # Not `gates == 0`: an example with NaN gates reaches no expert either.
     expert = tf.where(routing.gates > 0, routing.expert_index, num_experts)
     expert = tf.reshape(tf.transpose(expert), [-1])  # all first choices, then all second ones, …
-    order = tf.argsort(expert, stable=True)
-    # A `bincount` that XLA compiles.
-    counts = tf.math.unsorted_segment_sum(tf.ones_like(expert), expert, num_experts + 1)
-    rows_per_expert = counts[:num_experts]
-    # The place of each choice among the sorted ones. An `invert_permutation` that XLA compiles,
-    # whatever the gating has done.
-    place = tf.scatter_nd(order[:, None], tf.range(num_examples * k), [num_examples * k])
+    rank, counts = _ranks(expert, num_experts + 1)
+    if callable(capacity):
+        capacity = capacity(counts[:num_experts])
 
-    if capacity is None:
-        example, choice = _example_and_choice(order, num_examples, k)
-        return Plan(example, choice, _per_example(place, k), rows_per_expert)
+    in_places = tf.concat([tf.minimum(counts[:num_experts], capacity), [0]], axis=0)
+    behind = counts - in_places
+    has_place = rank < tf.gather(in_places, expert)
+    place = expert * capacity + rank
+    num_places = num_experts * capacity
+    if drop:
+        num_rows, rows_per_expert, kept = num_places, None, _per_example(has_place, k)
+        fraction_dropped = _fraction(behind[:num_experts], counts[:num_experts])
+        row = tf.where(has_place, place, num_rows)  # One row more, for all that have none.
+        position = tf.where(has_place, place, 0)
+    else:
+        # Close together, all shapes are static too.
+        close = isinstance(capacity, int) and capacity == 0
+        num_rows = num_choices if close else num_places + tf.reduce_sum(behind)
+        rows_per_expert, kept, fraction_dropped = behind[:num_experts], None, None
+        start = num_places + tf.cumsum(behind, exclusive=True) - in_places
+        row = position = tf.where(has_place, place, tf.gather(start, expert) + rank)
 
-    # Rank r of expert i's rows stands at place first[i] + r of the sort, and goes to i·C + r.
-    first = tf.cumsum(counts, exclusive=True)
-    rank = place - tf.gather(first, expert)
-    kept = tf.logical_and(expert < num_experts, rank < capacity)
-    position = tf.where(kept, expert * capacity + rank, 0)
-    within = tf.range(capacity)
-    filled = within < rows_per_expert[:, None]  # [N, C]
-    source = tf.where(filled, first[:num_experts, None] + within, 0)
-    example, choice = _example_and_choice(
-        tf.gather(order, tf.reshape(source, [-1])), num_examples, k
-    )
-    num_kept, num_alive = tf.math.count_nonzero(kept), tf.reduce_sum(rows_per_expert)
-    fraction_kept = tf.cast(num_kept, tf.float32) / tf.cast(tf.maximum(num_alive, 1), tf.float32)
+    index = tf.range(num_choices)
+    example = index % tf.maximum(num_examples, 1)  # There may be no example, and no index then.
+    choice = example * k + index // tf.maximum(num_examples, 1)
+
+    def by_row(values, otherwise):
+        rows = tf.fill([num_rows + int(drop)], otherwise)
+        return tf.tensor_scatter_nd_update(rows, row[:, None], values)[:num_rows]
+
     return Plan(
-        example=example,
-        choice=choice,
+        example=by_row(example, num_examples),
+        choice=by_row(choice, num_choices),
         position=_per_example(position, k),
-        rows_per_expert=None,
-        places=(num_experts, capacity),
-        filled=tf.reshape(filled, [-1]),
-        kept=_per_example(kept, k),
-        fraction_dropped=tf.where(num_alive > 0, 1.0 - fraction_kept, 0.0),
+        rows_per_expert=rows_per_expert,
+        capacity=capacity,
+        kept=kept,
+        fraction_dropped=fraction_dropped,
     )
 
 
@@ -121,7 +126,7 @@ def dispatch(x, plan):
         plan: A `Plan`.
 
     Returns:
-        Float tensor [T·K, D], sorted by expert; with a capacity [N, C, D], zeros in empty places.
+        Float tensor [R, D], zeros in empty places; [N, C, D] where rows are dropped.
     """
 
     @tf.custom_gradient
@@ -129,17 +134,19 @@ def dispatch(x, plan):
         def gradient(upstream):
             return _sum_over_choices(upstream, plan)
 
-        return take(x, plan.example, plan.filled), gradient
+        return _take_rows(x, plan.example, plan), gradient
 
     rows = gather(x)
-    return rows if plan.places is None else tf.reshape(rows, [*plan.places, x.shape[-1]])
+    if plan.rows_per_expert is not None:
+        return rows
+    return tf.reshape(rows, [-1, plan.capacity, x.shape[-1]])
 
 
 def combine(rows, gates, plan):
     """Sums the rows of each example, weighted by its gates (equation 1).
 
     Args:
-        rows: Float tensor [T·K, D] or [N, C, D], as `dispatch` laid them out.
+        rows: Float tensor [R, D] or [N, C, D], as `dispatch` laid them out.
         gates: float32 tensor [T, K].
         plan: A `Plan`.
 
@@ -151,13 +158,13 @@ def combine(rows, gates, plan):
     def weighted_sum(rows, gates):
         def gradient(upstream):
             # Both gradients need the upstream row of each choice, in the order of the rows.
-            per_row = take(upstream, plan.example, plan.filled)
-            weight = take(tf.reshape(gates, [-1]), plan.choice, plan.filled)
+            per_row = _take_rows(upstream, plan.example, plan)
+            weight = _take_rows(tf.reshape(gates, [-1, 1]), plan.choice, plan)
             per_choice = tf.reduce_sum(
                 tf.cast(per_row, gates.dtype) * tf.cast(rows, gates.dtype), axis=-1
             )
             return (
-                per_row * tf.cast(weight, rows.dtype)[:, None],
+                per_row * tf.cast(weight, rows.dtype),
                 take(per_choice, plan.position, plan.kept),
             )
 
@@ -167,16 +174,24 @@ def combine(rows, gates, plan):
 
 
 def collect(rows, plan):
-    """Brings the rows back into the order of the choices: undoes the sort.
+    """Brings the rows back into the order of the choices.
 
     Args:
-        rows: Float tensor [T·K, D], sorted by expert.
-        plan: A `Plan` without a capacity.
+        rows: Float tensor [R, D].
+        plan: A `Plan` that drops nothing.
 
     Returns:
         Float tensor [T·K, D]: row t·K + k is that of choice k of example t.
     """
-    return rearrange(rows, tf.reshape(plan.position, [-1]), plan.choice)
+
+    @tf.custom_gradient
+    def gather(rows):
+        def gradient(upstream):
+            return _take_rows(upstream, plan.choice, plan)
+
+        return tf.gather(rows, tf.reshape(plan.position, [-1])), gradient
+
+    return gather(rows)
 
 
 def rearrange(x, index, inverse, filled=None, kept=None):
@@ -233,17 +248,34 @@ def _sum_over_choices(rows, plan, weights=None):
     return total
 
 
+def _take_rows(x, index, plan):
+    """x[index], zeros where `index` is that of the row behind the last one."""
+    if isinstance(plan.capacity, int) and plan.capacity == 0:  # There are no empty places.
+        return tf.gather(x, index)
+    zeros = tf.zeros([1, x.shape[-1]], x.dtype)
+    return tf.gather(tf.concat([x, zeros], axis=0), index)
+
+
+def _ranks(expert, num_experts):
+    """Of each row its number among the rows of its expert, and how many rows each expert has."""
+    order, rows = tf.argsort(expert, stable=True), tf.shape(expert)
+    # A `bincount` that XLA compiles, and an `invert_permutation` that it compiles whatever the
+    # gating has done.
+    counts = tf.math.unsorted_segment_sum(tf.ones_like(expert), expert, num_experts)
+    place = tf.scatter_nd(order[:, None], tf.range(rows[0]), rows)
+    return place - tf.gather(tf.cumsum(counts, exclusive=True), expert), counts
+
+
+def _fraction(part, whole):
+    """The sum of `part` over that of `whole`, 0 where there is nothing."""
+    part, whole = (tf.cast(tf.reduce_sum(x), tf.float32) for x in (part, whole))
+    return part / tf.maximum(whole, 1.0)
+
+
 def _sizes(expert_index):
     """T and K, as integers where they are known."""
     shape = tf.shape(expert_index)
     return [shape[i] if size is None else size for i, size in enumerate(expert_index.shape)]
-
-
-def _example_and_choice(index, num_examples, k):
-    """Example t and choice t·K + k of each index k·T + t."""
-    num_examples = tf.maximum(num_examples, 1)  # There may be no example, and no index then.
-    example = index % num_examples
-    return example, example * k + index // num_examples
 
 
 def _per_example(values, k):

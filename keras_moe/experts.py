@@ -4,9 +4,13 @@ A bank is a Keras layer called with `rows` [M, D], sorted by expert, and `rows_p
 returns [M, output_dim]. Each expert computes its own rows and no others; rows behind the last
 expert's belong to none and come back as zeros. Where every expert has C rows the bank is called
 with `rows` [N, C, D] alone and returns [N, C, output_dim].
+
+A bank with a method `even_capacity` gets both at once: C rows of each expert, C being the method's
+answer to the number of rows of each, and behind them those above C, sorted and counted as before.
 """
 
 import inspect
+import math
 
 import keras
 from keras import ops
@@ -64,6 +68,8 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
     Call arguments:
         rows: Float tensor [M, D], sorted by expert, or [N, C, D].
         rows_per_expert: int32 [N], their sum at most M; `None` with [N, C, D].
+        capacity: Integer or int32 scalar C: before the rows that are sorted and counted come C
+            rows of each expert.
 
     Returns:
         Float tensor [M, output_dim] or [N, C, output_dim] in the compute dtype.
@@ -126,13 +132,23 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
                     )
                 )
 
-    def call(self, rows, rows_per_expert=None):
+    def even_capacity(self, rows_per_expert):
+        """With how many places per expert a call is fastest, for these numbers of rows, int32 [N].
+
+        See `grouped.even_capacity`.
+        """
+        if self.static_shapes:
+            return 0
+        size = sum(math.prod(weight.shape[1:]) for weight in self.weights)
+        return grouped.even_capacity(rows_per_expert, size)
+
+    def call(self, rows, rows_per_expert=None, capacity=0):
         # One row per expert's bias, so that it can be added to rows and to blocks of rows.
         banks = [*self.kernels, *[ops.expand_dims(bias, axis=1) for bias in self.biases]]
         function = grouped.recomputed(self._feed_forward) if self.recompute else self._feed_forward
         if rows_per_expert is None:
             return function(rows, *banks)
-        return grouped.apply(function, rows, rows_per_expert, banks, self.static_shapes)
+        return grouped.apply(function, rows, rows_per_expert, banks, capacity, self.static_shapes)
 
     def _feed_forward(self, rows, *parameters):
         """One expert on its rows [M, D], or G of them on theirs [G, M, D]."""

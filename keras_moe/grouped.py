@@ -1,34 +1,75 @@
 """A function of every expert's own rows: `apply` runs expert i's function on the rows of expert i.
 
-Rows come sorted by expert, and how many each expert has depends on the data. Piece by piece every
-expert computes just its own rows, but the shapes are those of the data. Block by block they are
-not: the rows are cut into blocks of equal size, each of one expert, and all blocks are computed at
-once. That is what XLA and TPUs need, at up to twice the operations.
+How many rows each expert has depends on the data, and there are three ways to live with that.
+
+* Batched: each expert has C places, and one batched product computes all of them.
+* Alone: a loop goes from expert to expert, and each computes just its own rows.
+* Block by block: the rows are cut into blocks of equal size, each of one expert, and all blocks
+  are computed at once. Only here the shapes don't depend on the data, as XLA and TPUs need it, at
+  up to twice the operations.
+
+The first two go together: what finds no place in the batch is computed alone. `even_capacity` is
+the rule that divides the work. It leaves a few rows, and the many rows of an expert far above the
+others, to the loop.
 """
 
 import tensorflow as tf
 
 from keras_moe.dispatch import rearrange, take
 
+# What `even_capacity` counts with, measured on 2 cores with AVX-512, in rows: the time that one
+# row of an expert takes, that is P multiply-adds for an expert of P parameters.
+_READ = 50  # to read an expert's parameters and to write their gradient
+_ADD = 20  # to add the gradients of the loop to those of the batch, for every expert
+_TURN = 100, 2e7  # a turn of the loop: rows, and multiply-adds whatever the expert's size
 
-def apply(function, rows, rows_per_expert, banks, static_shapes=False):
+
+def even_capacity(rows_per_expert, size):
+    """The number of places per expert with which `apply` is estimated to be fastest.
+
+    With C > 0 the batch costs as much as N·(C + 50) rows. Each expert that has more than C rows
+    costs as much as 100 rows more and 2·10⁷ multiply-adds, and all of them together as 20·N rows
+    if there is a batch, too.
+
+    Args:
+        rows_per_expert: int32 [N].
+        size: P.
+
+    Returns:
+        int32 scalar, 0 or the number of rows of some expert.
+    """
+    num_experts = rows_per_expert.shape[0]
+    # The candidates are the experts' numbers of rows, the largest first, and 0.
+    rows = tf.concat([tf.sort(rows_per_expert, direction="DESCENDING"), [0]], axis=0)
+    alone = tf.range(num_experts + 1)  # so many experts have more rows, or as many
+    above = tf.cumsum(rows, exclusive=True) - alone * rows
+    rows, alone, above = (tf.cast(x, tf.float32) for x in (rows, alone, above))
+    batch = tf.where(rows > 0, num_experts * (rows + _READ), 0.0)
+    both = tf.where(tf.logical_and(rows > 0, alone > 0), float(num_experts * _ADD), 0.0)
+    loop = alone * (_TURN[0] + _TURN[1] / size) + above
+    return tf.cast(tf.gather(rows, tf.argmin(batch + both + loop)), tf.int32)
+
+
+def apply(function, rows, rows_per_expert, banks, capacity=0, static_shapes=False):
     """Applies each expert's function to the rows of that expert.
 
     Args:
         function: Called with rows and one array per bank: [rows of that expert, D] and [...], or
-            blocks of rows [G, size, D] and [G, ...]. It treats each row by itself and returns
+            many experts' rows [G, size, D] and [G, ...]. It treats each row by itself and returns
             rows of another width.
-        rows: Float tensor [M, D], sorted by expert.
-        rows_per_expert: int32 [N], their sum at most M.
+        rows: Float tensor [M, D]: `capacity` rows of each expert, then others, sorted by expert.
+        rows_per_expert: int32 [N], how many others. Rows behind those belong to no expert.
         banks: List of tensors or variables [N, ...], the experts' parameters.
-        static_shapes: Whether the shapes must not depend on `rows_per_expert`.
+        capacity: C, an integer or int32 scalar.
+        static_shapes: Whether the shapes must not depend on `rows_per_expert`. Only with C = 0.
 
     Returns:
         Float tensor [M, width]; zeros behind the last expert's rows.
     """
     banks = [tf.convert_to_tensor(bank) for bank in banks]
-    by = _block_by_block if static_shapes else _piece_by_piece
-    return by(function, rows, rows_per_expert, banks)
+    if static_shapes:
+        return _block_by_block(function, rows, rows_per_expert, banks)
+    return _batched_and_alone(function, rows, rows_per_expert, banks, capacity)
 
 
 def recomputed(function):
@@ -86,10 +127,110 @@ def join(pieces, rest):
     return tf.concat([*pieces, zeros], axis=0)
 
 
-def _piece_by_piece(function, rows, rows_per_expert, banks):
-    *pieces, rest = split(rows, rows_per_expert)
-    experts = zip(pieces, *[tf.unstack(bank) for bank in banks], strict=True)
-    return join([function(*expert) for expert in experts], rest)
+def _batched_and_alone(function, rows, rows_per_expert, banks, capacity):
+    num_experts = rows_per_expert.shape[0]
+    num_places = num_experts * capacity
+
+    def batch_of(rows):
+        return tf.reshape(rows[:num_places], [num_experts, capacity, rows.shape[-1]])
+
+    def joined(batch, others):
+        places = tf.reshape(batch, [num_places, batch.shape[-1]])
+        return tf.cond(  # A concatenation with nothing would copy all the same.
+            tf.size(others) > 0, lambda: tf.concat([places, others], axis=0), lambda: places
+        )
+
+    # One gradient for both ways: theirs of the banks, as large as the banks, are not to be added.
+    @tf.custom_gradient
+    def call(rows, *banks):
+        batch, others = batch_of(rows), rows[num_places:]
+        with tf.GradientTape() as tape:
+            tape.watch([batch, *banks])
+            y_batch = function(batch, *banks)
+        y_others, gradient_alone = _alone(
+            function, others, rows_per_expert, banks, y_batch.shape[-1]
+        )
+
+        def gradient(upstream):
+            of_batch, *of_banks = tape.gradient(
+                y_batch, [batch, *banks], batch_of(upstream), unconnected_gradients="zero"
+            )
+            of_others, experts, of_theirs = gradient_alone(upstream[num_places:])
+            of_banks = [
+                _add_at(experts, bank, theirs)
+                for bank, theirs in zip(of_banks, of_theirs, strict=True)
+            ]
+            return joined(of_batch, of_others), *of_banks
+
+        return joined(y_batch, y_others), gradient
+
+    return call(rows, *banks)
+
+
+def _add_at(experts, bank, theirs):
+    """bank[experts] += theirs. Copies the bank, and so only where there is something to add."""
+    return tf.cond(
+        tf.size(experts) > 0,
+        lambda: tf.tensor_scatter_nd_add(bank, experts[:, None], theirs),
+        lambda: tf.identity(bank),
+    )
+
+
+def _alone(function, rows, rows_per_expert, banks, width):
+    """Goes through the experts that have rows. The backward pass computes these rows again.
+
+    Returns:
+        The rows of the given width, zeros behind the last expert's, and a function from their
+        gradient to that of `rows`, the experts that have rows, and the gradients of their
+        parameters.
+    """
+    experts = tf.cast(tf.where(rows_per_expert > 0)[:, 0], tf.int32)
+    number = tf.size(experts)
+    sizes = tf.gather(rows_per_expert, experts)
+    ends = tf.cumsum(sizes)
+    num_rest = tf.shape(rows)[0] - tf.reduce_sum(rows_per_expert)
+
+    def pieces(number, shape):
+        return tf.TensorArray(rows.dtype, number, element_shape=shape, infer_shape=False)
+
+    def piece_of(rows, i):
+        return rows[ends[i] - sizes[i] : ends[i]]
+
+    def arguments(i):
+        return [piece_of(rows, i), *(bank[experts[i]] for bank in banks)]
+
+    def loop(body, *arrays):
+        _, *arrays = tf.while_loop(
+            lambda i, *_: i < number,
+            lambda i, *arrays: (
+                i + 1,
+                *(array.write(i, x) for array, x in zip(arrays, body(i), strict=True)),
+            ),
+            (0, *arrays),
+        )
+        return arrays
+
+    def joined(array, width):
+        return array.write(number, tf.zeros([num_rest, width], rows.dtype)).concat()
+
+    (y,) = loop(lambda i: [function(*arguments(i))], pieces(number + 1, [None, width]))
+
+    def gradient(upstream):
+        def body(i):
+            with tf.GradientTape() as tape:
+                parts = arguments(i)
+                tape.watch(parts)
+                y = function(*parts)
+            return tape.gradient(y, parts, piece_of(upstream, i), unconnected_gradients="zero")
+
+        of_rows, *of_banks = loop(
+            body,
+            pieces(number + 1, [None, rows.shape[-1]]),
+            *(pieces(number, bank.shape[1:]) for bank in banks),
+        )
+        return joined(of_rows, rows.shape[-1]), experts, [bank.stack() for bank in of_banks]
+
+    return joined(y, width), gradient
 
 
 def _block_by_block(function, rows, rows_per_expert, banks):

@@ -229,23 +229,31 @@ class SparseMoE(keras.layers.Layer):
         check_routing(routing, self.num_experts)
         if self._record is not None:
             self._record(routing)
-        plan = dispatch.make_plan(routing, self.num_experts, self._capacity(routing, training))
-        rows = self.experts(dispatch.dispatch(examples, plan), plan.rows_per_expert)
+        plan = self._plan(routing, training)
+        rows = self._call_experts(dispatch.dispatch(examples, plan), plan)
         y = ops.cast(dispatch.combine(rows, routing.gates, plan), self.compute_dtype)
         if self.shared_experts is not None:
             y += self._call_shared_experts(examples, mask)
         self._add_balance(routing, plan, training)
         return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
 
-    def _capacity(self, routing, training):
-        """C, the most rows of an expert; `None` for any number."""
+    def _plan(self, routing, training):
         if self.capacity_factor is None or not training:
-            return None
+            even_capacity = getattr(self.experts, "even_capacity", 0)
+            return dispatch.make_plan(routing, self.num_experts, even_capacity)
         num_examples, k = ops.shape(routing.expert_index)
         # Of pairs the product; a gating of the user's own need not have the attribute.
         k = getattr(self.gating, "k", k)
         k = math.prod(k) if isinstance(k, (tuple, list)) else k
-        return dispatch.expert_capacity(self.capacity_factor, k, num_examples, self.num_experts)
+        capacity = dispatch.expert_capacity(self.capacity_factor, k, num_examples, self.num_experts)
+        return dispatch.make_plan(routing, self.num_experts, capacity, drop=True)
+
+    def _call_experts(self, rows, plan):
+        if plan.rows_per_expert is None:
+            return self.experts(rows)
+        if hasattr(self.experts, "even_capacity"):
+            return self.experts(rows, plan.rows_per_expert, capacity=plan.capacity)
+        return self.experts(rows, plan.rows_per_expert)
 
     def _call_shared_experts(self, examples, mask):
         shape = (self.num_shared_experts, *ops.shape(examples))

@@ -2,6 +2,7 @@
 
 import hypothesis
 import numpy as np
+import pytest
 import tensorflow as tf
 from hypothesis import strategies as st
 
@@ -12,9 +13,31 @@ def routing(expert_index, gates):
     return Routing(tf.constant(expert_index, tf.int32), tf.constant(gates, tf.float32), None, None)
 
 
+GATES = [[0.5, 0.5], [0.9, 0.1], [1, np.nan]]
+
+
+def test_places_come_before_the_rows_that_find_none():
+    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1]], GATES), 4, capacity=1)
+    # A place per expert: 0 to its first choice, of example 1; 1 to example 1, 2 to example 0; 3 is
+    # empty (T = 3, T·K = 6). Behind them the other rows of 0 and 2, then the choice without a gate.
+    np.testing.assert_array_equal(plan.example, [1, 1, 0, 3, 0, 2, 2])
+    np.testing.assert_array_equal(plan.choice, [2, 3, 0, 6, 1, 4, 5])
+    np.testing.assert_array_equal(plan.position, [[2, 4], [0, 1], [5, 6]])
+    np.testing.assert_array_equal(plan.rows_per_expert, [1, 0, 1, 0])
+
+
+def test_a_function_may_choose_the_capacity():
+    def capacity(rows_per_expert):
+        np.testing.assert_array_equal(rows_per_expert, [2, 1, 2, 0])
+        return tf.constant(2)
+
+    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1]], GATES), 4, capacity)
+    np.testing.assert_array_equal(plan.example, [1, 0, 1, 3, 0, 2, 3, 3, 2])
+    np.testing.assert_array_equal(plan.rows_per_expert, [0, 0, 0, 0])
+
+
 def test_plan_sorts_by_expert_and_puts_dead_choices_last():
-    gates = [[0.5, 0.5], [0.9, 0.1], [1, np.nan]]
-    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1]], gates), 4)
+    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1]], GATES), 4)
     # Rows in order of expert, then of choice, then of example: 0 of example 1, whose first choice
     # it is, and of 0; 1 of example 1; 2 of examples 0 and 2. The last choice has no gate: NaN.
     np.testing.assert_array_equal(plan.example, [1, 0, 1, 0, 2, 2])
@@ -34,24 +57,30 @@ def test_every_row_meets_its_expert_and_comes_back(data):
     gates = rng.random((examples, k)) * (rng.random((examples, k)) < 0.8)
     x = rng.normal(size=(examples, 3)).astype("float32")
     # Expert i multiplies by i + 1, so example t gets x_t · Σ_k gate·(index + 1).
-    plan = dispatch.make_plan(routing(index, gates), num_experts)
-    *pieces, rest = grouped.split(dispatch.dispatch(x, plan), plan.rows_per_expert)
+    plan = dispatch.make_plan(routing(index, gates), num_experts, data.draw(st.integers(0, 3)))
+    rows = dispatch.dispatch(x, plan)
+    places = rows[: num_experts * plan.capacity]
+    factor = np.repeat(np.arange(num_experts) + 1.0, plan.capacity)[:, None]
+    *pieces, rest = grouped.split(rows[len(places) :], plan.rows_per_expert)
     assert len(pieces) == num_experts
-    rows = grouped.join([piece * (i + 1) for i, piece in enumerate(pieces)], rest)
+    others = grouped.join([piece * (i + 1) for i, piece in enumerate(pieces)], rest)
+    rows = tf.concat([places * factor, others], axis=0)
     y = dispatch.combine(rows, tf.constant(gates, tf.float32), plan)
     np.testing.assert_allclose(
         y, x * (gates * (index + 1)).sum(axis=1, keepdims=True), rtol=1e-5, atol=1e-6
     )
 
 
-def test_gradients_are_dense_and_right():
+@pytest.mark.parametrize("capacity", [0, 1, 3])
+def test_gradients_are_dense_and_right(capacity):
     rng = np.random.default_rng(0)
     index = np.array([rng.permutation(4)[:2] for _ in range(5)])
     gates = tf.constant(rng.random((5, 2)) * [[1, 1], [1, 0], [1, 1], [0, 0], [1, 1]], tf.float32)
     x = tf.constant(rng.normal(size=(5, 3)), tf.float32)
     upstream = tf.constant(rng.normal(size=(5, 3)), tf.float32)
-    plan = dispatch.make_plan(routing(index, gates), 4)
-    scale_of_row = tf.repeat([1.0, 2.0, 3.0, 4.0, 0.0], [*plan.rows_per_expert, 3])[:, None]
+    plan = dispatch.make_plan(routing(index, gates), 4, capacity)
+    numbers = [*[capacity] * 4, *plan.rows_per_expert, 3]  # 3 dead choices
+    scale_of_row = tf.repeat([1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0, 0.0], numbers)[:, None]
     with tf.GradientTape() as tape:
         tape.watch([x, gates])
         rows = dispatch.dispatch(x, plan) * scale_of_row
@@ -67,9 +96,10 @@ def test_gradients_are_dense_and_right():
     np.testing.assert_allclose(d_gates, scale * inner, rtol=1e-5, atol=1e-6)
 
 
-def test_collect_undoes_the_sort():
+@pytest.mark.parametrize("capacity", [0, 1, 3])
+def test_collect_undoes_the_sort(capacity):
     gates = [[0.5, 0.5], [0.9, 0.1], [1, 0], [np.nan, np.nan]]
-    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1], [1, 0]], gates), 3)
+    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1], [1, 0]], gates), 3, capacity)
     x = tf.constant([[1.0], [2.0], [3.0], [4.0]])
     upstream = tf.range(8.0)[:, None]
     with tf.GradientTape() as tape:
@@ -79,4 +109,5 @@ def test_collect_undoes_the_sort():
     np.testing.assert_array_equal(np.ravel(collected), [1, 1, 2, 2, 3, 3, 4, 4])
     gradient = tape.gradient(collected, rows, output_gradients=upstream)
     assert not isinstance(gradient, tf.IndexedSlices)
-    np.testing.assert_array_equal(np.ravel(gradient), plan.choice)
+    # Choice c gets c, and an empty place, whose choice is 8 = T·K, nothing.
+    np.testing.assert_array_equal(np.ravel(gradient), plan.choice.numpy() % 8)

@@ -1,4 +1,4 @@
-"""Functions of every expert's own rows: piece by piece, block by block, and recomputed."""
+"""Functions of every expert's own rows: batched, alone, block by block, and recomputed."""
 
 import hypothesis
 import numpy as np
@@ -18,33 +18,64 @@ def value_and_gradients(function, *arguments):
     return y, tape.gradient(total, arguments)
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
-    rows_per_expert=st.lists(st.integers(0, 6), min_size=1, max_size=5), rest=st.integers(0, 3)
+    rows_per_expert=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    rest=st.integers(0, 3),
+    way=st.sampled_from([{"static_shapes": True}, *({"capacity": c} for c in (0, 1, 3, 6))]),
 )
-def test_block_by_block_equals_piece_by_piece(rows_per_expert, rest):
+def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(rows_per_expert, rest, way):
+    capacity, num_experts = way.get("capacity", 0), len(rows_per_expert)
+    expert = np.repeat(np.arange(num_experts), rows_per_expert)
     rng = np.random.default_rng(0)
-    rows = tf.constant(rng.normal(size=(sum(rows_per_expert) + rest, 3)), tf.float32)
-    bank = tf.constant(rng.normal(size=(len(rows_per_expert), 3, 2)), tf.float32)
+    x, bank = rng.normal(size=(len(expert) + rest, 3)), rng.normal(size=(num_experts, 3, 2))
+    y, d_x, d_bank = np.zeros((len(x), 2)), np.zeros_like(x), np.zeros_like(bank)
+    for i, e in enumerate(expert):
+        y[i] = x[i] @ bank[e]
+        slope = np.cos(y[i])  # of the sum of sin(y)
+        d_x[i], d_bank[e] = bank[e] @ slope, d_bank[e] + np.outer(x[i], slope)
 
-    def by(static_shapes):
-        return value_and_gradients(
-            lambda rows, bank: grouped.apply(
-                tf.matmul, rows, tf.constant(rows_per_expert), [bank], static_shapes
-            ),
-            rows,
-            bank,
-        )
+    # In the order of `apply`: C places of each expert, -1 where empty, then the others, then the
+    # rest.
+    rows_of = np.split(np.arange(len(x)), np.cumsum(rows_per_expert))
+    places = [[*rows[:capacity], *[-1] * (capacity - len(rows))] for rows in rows_of[:-1]]
+    order = np.concatenate([*places, *(rows[capacity:] for rows in rows_of[:-1]), rows_of[-1]])
+    order = order.astype(int)
+    rows = np.vstack([x, np.zeros((1, 3))])[order].astype("float32")
+    others = np.maximum(np.array(rows_per_expert) - capacity, 0).astype("int32")
 
-    (y, gradients), (y_blocks, gradients_of_blocks) = by(False), by(True)
-    expected = np.zeros((len(rows), 2))
-    for row, expert in enumerate(np.repeat(np.arange(len(rows_per_expert)), rows_per_expert)):
-        expected[row] = rows[row].numpy() @ bank[expert].numpy()
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(y_blocks, expected, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(gradients_of_blocks, gradients, strict=True):
+    received, (d_rows, d_weights) = value_and_gradients(
+        lambda rows, bank: grouped.apply(tf.matmul, rows, tf.constant(others), [bank], **way),
+        tf.constant(rows),
+        tf.constant(bank, tf.float32),
+    )
+    filled = order >= 0
+    for ours, oracle in (
+        (received.numpy()[filled], y[order[filled]]),
+        (d_rows.numpy()[filled], d_x[order[filled]]),
+        (d_weights, d_bank),
+    ):
         assert not isinstance(ours, tf.IndexedSlices)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ours, oracle, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows_per_expert", "capacity"),
+    [
+        # P = 10⁶, so a turn of the loop costs 100 + 2·10⁷/10⁶ = 120 rows.
+        # A few rows: 2 turns, 240 and the 2 rows, against 4·(1 + 50) = 204 in a batch.
+        ([1, 0, 0, 1], 1),
+        # One turn, 121, against the same 204.
+        ([0, 1, 0, 0], 0),
+        # Even: 4·(10 + 50) = 240 against 4·(9 + 50) + 4·20 + 120 + 1.
+        ([9, 10, 9, 9], 10),
+        # One far above the others: 4·(9 + 50) + 4·20 + 120 + 991 = 1427 against 4·(1000 + 50).
+        ([9, 1000, 8, 9], 9),
+        ([0, 0, 0, 0], 0),
+    ],
+)
+def test_even_capacity_weighs_the_batch_against_the_loop(rows_per_expert, capacity):
+    assert grouped.even_capacity(tf.constant(rows_per_expert), 1_000_000) == capacity
 
 
 def test_blocks_cost_at_most_twice_the_rows():
@@ -56,7 +87,11 @@ def test_blocks_cost_at_most_twice_the_rows():
 
     for rows_per_expert in ([16, 0, 0, 0], [4, 4, 4, 4], [1, 1, 1, 13], [0, 5, 5, 6]):
         grouped.apply(
-            recording, tf.ones((16, 3)), tf.constant(rows_per_expert), [tf.ones((4, 3, 2))], True
+            recording,
+            tf.ones((16, 3)),
+            tf.constant(rows_per_expert),
+            [tf.ones((4, 3, 2))],
+            static_shapes=True,
         )
     # Blocks of 16/4 rows: 4 for the rows, 3 more that up to 4 experts leave open. 28 rows, whatever
     # the distribution, as XLA needs it.
