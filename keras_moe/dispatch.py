@@ -23,6 +23,7 @@ class Plan(NamedTuple):
         choice: int32 [R], which of all choices (example·K + k) each row is; T·K for an empty place.
         position: int32 [T, K], the row of each choice.
         rows_per_expert: int32 [N], the rows behind the places; `None` where they are dropped.
+        num_experts: N.
         capacity: C, an integer or int32 scalar.
         kept: bool [T, K], whether the choice has a row; `None` where nothing is dropped.
         fraction_dropped: float32 scalar, the part of the choices that found no place; `None`
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
     choice: Any
     position: Any
     rows_per_expert: Any
+    num_experts: int
     capacity: Any
     kept: Any = None
     fraction_dropped: Any = None
@@ -112,6 +114,7 @@ def make_plan(routing, num_experts, capacity=0, drop=False):
         choice=by_row(choice, num_choices),
         position=_per_example(position, k),
         rows_per_expert=rows_per_expert,
+        num_experts=num_experts,
         capacity=capacity,
         kept=kept,
         fraction_dropped=fraction_dropped,
@@ -139,7 +142,7 @@ def dispatch(x, plan):
     rows = gather(x)
     if plan.rows_per_expert is not None:
         return rows
-    return tf.reshape(rows, [-1, plan.capacity, x.shape[-1]])
+    return tf.reshape(rows, [plan.num_experts, plan.capacity, x.shape[-1]])
 
 
 def combine(rows, gates, plan):
