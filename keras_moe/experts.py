@@ -125,6 +125,8 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
                         regularizer=self.bias_regularizer,
                     )
                 )
+        for variable in (*self.kernels, *self.biases):
+            variable.expert_rank = len(variable.shape) - 1  # By it optimizers know them.
 
     def call(self, rows, rows_per_expert=None):
         # One row per expert's bias, so that it can be added to rows and to blocks of rows.
