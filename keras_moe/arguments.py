@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+import re
 
 
 def check_size(name, value, least=1):
@@ -49,6 +50,25 @@ def check_positive(name, value):
     raise ValueError(f"`{name}` must be a number above 0. Received: {value!r}")
 
 
+def check_decay_rate(name, value):
+    """Returns `value`, or raises ValueError unless it is a number of at least 0 and below 1."""
+    if _is_finite(value) and 0 <= value < 1:
+        return float(value)
+    raise ValueError(f"`{name}` must be a number of at least 0 and below 1. Received: {value!r}")
+
+
+def check_patterns(name, value):
+    """Returns `value`, or raises ValueError unless it is `None` or a list of regular expressions.
+
+    A tuple is returned as a list, which is what comes back from a file.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)) and all(map(_is_pattern, value)):
+        return list(value)
+    raise ValueError(f"`{name}` must be a list of regular expressions. Received: {value!r}")
+
+
 def check_capacity_factor(value):
     """Returns `value`, or raises ValueError unless it is `None` or a finite number above 0."""
     if value is None:
@@ -64,6 +84,13 @@ def check_capacity_factor(value):
 def _is_finite(value):
     """Whether the value is a real number, NumPy's included, that is neither infinite nor NaN."""
     return isinstance(value, numbers.Real) and type(value) is not bool and math.isfinite(value)
+
+
+def _is_pattern(value):
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
 
 
 def _integer(value):

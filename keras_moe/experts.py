@@ -131,6 +131,8 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
                         regularizer=self.bias_regularizer,
                     )
                 )
+        for variable in (*self.kernels, *self.biases):
+            variable.expert_rank = len(variable.shape) - 1  # By it optimizers know them.
 
     def even_capacity(self, rows_per_expert):
         """With how many places per expert a call is fastest, for these numbers of rows, int32 [N].

@@ -75,6 +75,9 @@ class LayerExperts(keras.layers.Layer):
                 f"Received: {layer.name!r}, which turns {rows.shape} into {y.shape}"
             )
         self.output_dim = y.shape[1]
+        for variable in self.weights:
+            # By it optimizers know them. An expert that is a mixture itself has set it already.
+            variable.expert_rank = getattr(variable, "expert_rank", len(variable.shape))
 
     def call(self, rows, rows_per_expert=None):
         if rows_per_expert is None:
