@@ -1,18 +1,26 @@
-# Every target but help and clean first builds .venv, when that is missing, half built or stale.
+# Every target but help and clean first builds .venv, when that is missing, half built or stale;
+# bench builds .venv-bench, as the packages it measures want other versions than the tests.
 # Paths are relative, because make splits an absolute one at the spaces of a folder's name.
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
+# Their pins exclude this TensorFlow; the parts that are measured need no more than extra bench has.
+FROZEN_PEERS := tensor2tensor==1.15.7 tf-models-official==2.20.0
+
 # The stamp is written last, so an interrupted installation leaves none. It names the interpreter
-# and the folder that .venv was made for: changing either makes it stale, as setup.cfg does.
+# and the folder that it was made for: changing either makes it stale, as setup.cfg does.
 STAMP := .venv/complete
+BENCH_STAMP := .venv-bench/complete
 export MADE_FOR := $(shell $(PYTHON) -VV 2>/dev/null) $(CURDIR)
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(MADE_FOR))
 .PHONY: $(STAMP)
 endif
+ifneq ($(shell cat $(BENCH_STAMP) 2>/dev/null),$(MADE_FOR))
+.PHONY: $(BENCH_STAMP)
+endif
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12], where TARGET is one of"
@@ -28,19 +36,25 @@ lint: $(STAMP)  ## check style and format
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 
-clean:  ## remove .venv, builds and caches; results and exported models stay
-	rm -rf .venv build dist keras_moe.egg-info .hypothesis .pytest_cache .ruff_cache
+bench: $(BENCH_STAMP)  ## measure speed and memory of the layer beside other implementations
+	@TF_CPP_MIN_LOG_LEVEL=3 .venv-bench/bin/python benchmarks/layer.py
+
+clean:  ## remove environments, builds and caches; results and exported models stay
+	rm -rf .venv .venv-bench build dist keras_moe.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): EXTRA := dev
+$(BENCH_STAMP): EXTRA := bench
+$(STAMP) $(BENCH_STAMP): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
 	    2>/dev/null || { printf '%s\n' >&2 \
 	    "TensorFlow needs Python 3.10 to 3.13, and .venv its modules venv and ensurepip." \
 	    "Received: $(PYTHON), which is $$($(PYTHON) -V 2>&1)." \
 	    "Install what is missing (Debian, Ubuntu: apt install python3-venv)" \
 	    "or name another interpreter: make PYTHON=python3.12"; exit 1; }
-	@[ "$$(cat $@ 2>/dev/null)" = "$$MADE_FOR" ] || $(PYTHON) -m venv --clear .venv
+	@[ "$$(cat $@ 2>/dev/null)" = "$$MADE_FOR" ] || $(PYTHON) -m venv --clear $(@D)
 	@rm -f $@
-	@echo "Installing keras_moe and its dependencies in .venv: a few minutes, about 3 GB."
-	$(VENV_PYTHON) -m pip install -e '.[dev]'
+	@echo "Installing keras_moe and its dependencies in $(@D): a few minutes, about 3 GB."
+	$(@D)/bin/python -m pip install -e '.[$(EXTRA)]'
+	$(if $(filter bench,$(EXTRA)),$(@D)/bin/python -m pip install --no-deps $(FROZEN_PEERS))
 	@printf '%s\n' "$$MADE_FOR" > $@
