@@ -1,21 +1,25 @@
 """A function of every expert's own rows: `apply` runs expert i's function on the rows of expert i.
 
-How many rows each expert has depends on the data, and there are three ways to live with that.
+How many rows each expert has depends on the data, and there are four ways to live with that.
 
+* Piece by piece: every expert has a product of its own, with just its rows.
 * Batched: each expert has C places, and one batched product computes all of them.
 * Alone: a loop goes from expert to expert, and each computes just its own rows.
 * Block by block: the rows are cut into blocks of equal size, each of one expert, and all blocks
   are computed at once. Only here the shapes don't depend on the data, as XLA and TPUs need it, at
   up to twice the operations.
 
-The first two go together: what finds no place in the batch is computed alone. `even_capacity` is
-the rule that divides the work. It leaves a few rows, and the many rows of an expert far above the
-others, to the loop.
+Up to 64 experts are computed piece by piece. With more, the graph is not to grow, and the second
+and the third way go together: what finds no place in the batch is computed alone. `even_capacity`
+is the rule that divides the work. It leaves a few rows, and the many rows of an expert far above
+the others, to the loop.
 """
 
 import tensorflow as tf
 
 from keras_moe.dispatch import rearrange, take
+
+_PIECES = 64  # the most experts to be computed piece by piece
 
 # What `even_capacity` counts with, measured on 2 cores with AVX-512, in rows: the time that one
 # row of an expert takes, that is P multiply-adds for an expert of P parameters.
@@ -27,18 +31,20 @@ _TURN = 100, 2e7  # a turn of the loop: rows, and multiply-adds whatever the exp
 def even_capacity(rows_per_expert, size):
     """The number of places per expert with which `apply` is estimated to be fastest.
 
-    With C > 0 the batch costs as much as N·(C + 50) rows. Each expert that has more than C rows
-    costs as much as 100 rows more and 2·10⁷ multiply-adds, and all of them together as 20·N rows
-    if there is a batch, too.
+    Up to 64 experts need none: 0, an integer. With more and C > 0 the batch costs as much as
+    N·(C + 50) rows. Each expert that has more than C rows costs as much as 100 rows more and 2·10⁷
+    multiply-adds, and all of them together as 20·N rows if there is a batch, too.
 
     Args:
         rows_per_expert: int32 [N].
         size: P.
 
     Returns:
-        int32 scalar, 0 or the number of rows of some expert.
+        Integer or int32 scalar, 0 or the number of rows of some expert.
     """
     num_experts = rows_per_expert.shape[0]
+    if num_experts <= _PIECES:
+        return 0
     # The candidates are the experts' numbers of rows, the largest first, and 0.
     rows = tf.concat([tf.sort(rows_per_expert, direction="DESCENDING"), [0]], axis=0)
     alone = tf.range(num_experts + 1)  # so many experts have more rows, or as many
@@ -69,6 +75,8 @@ def apply(function, rows, rows_per_expert, banks, capacity=0, static_shapes=Fals
     banks = [tf.convert_to_tensor(bank) for bank in banks]
     if static_shapes:
         return _block_by_block(function, rows, rows_per_expert, banks)
+    if isinstance(capacity, int) and capacity == 0 and rows_per_expert.shape[0] <= _PIECES:
+        return _piece_by_piece(function, rows, rows_per_expert, banks)
     return _batched_and_alone(function, rows, rows_per_expert, banks, capacity)
 
 
@@ -125,6 +133,25 @@ def join(pieces, rest):
     width = pieces[0].shape[-1]
     zeros = tf.zeros([tf.shape(rest)[0], width], pieces[0].dtype)
     return tf.concat([*pieces, zeros], axis=0)
+
+
+def _piece_by_piece(function, rows, rows_per_expert, banks):
+    *pieces, rest = split(rows, rows_per_expert)
+    experts = zip(pieces, *map(_unstack, banks), strict=True)
+    return join([function(*expert) for expert in experts], rest)
+
+
+def _unstack(bank):
+    """`tf.unstack` without a copy: slices along the first axis share the memory of the bank."""
+
+    @tf.custom_gradient
+    def slices(bank):
+        def gradient(*upstream):
+            return tf.stack(upstream)
+
+        return [bank[i] for i in range(bank.shape[0])], gradient
+
+    return slices(bank)
 
 
 def _batched_and_alone(function, rows, rows_per_expert, banks, capacity):

@@ -58,12 +58,12 @@ def test_the_loop_computes_in_the_dtype_of_the_layer(policy, monkeypatch):
 
 
 def test_few_rows_leave_the_weights_of_other_experts_alone():
-    # P = 2·1024·1024, so a turn of the loop costs 100 + 2·10⁷/P ≈ 110 rows, 4 of them about 440; a
-    # batch reads the weights of all 16: 16·(50 + 1) = 816.
-    layer = SparseMoE(16, 1024, k=2)
-    layer.build((None, 1024))
-    layer.gating.gate_kernel.assign(np.random.default_rng(0).normal(size=(1024, 16)))
-    x = np.random.default_rng(1).normal(size=(2, 1024)).astype("float32")
+    # P = 2·256·512, so a turn of the loop costs 100 + 2·10⁷/P ≈ 176 rows, 4 of them about 700; a
+    # batch reads the weights of all 80: 80·(50 + 1) = 4080.
+    layer = SparseMoE(80, 512, k=2)
+    layer.build((None, 256))
+    layer.gating.gate_kernel.assign(np.random.default_rng(0).normal(size=(256, 80)))
+    x = np.random.default_rng(1).normal(size=(2, 256)).astype("float32")
     sound = layer(x)
     chosen = np.unique(layer.route(x).expert_index)
     for kernel in layer.experts.kernels:

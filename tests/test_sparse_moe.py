@@ -81,14 +81,15 @@ def test_any_shape_agrees_with_the_oracle(data):
     np.testing.assert_allclose(routing.importance, expected.importance, rtol=1e-5, atol=1e-6)
 
 
-def test_experts_compute_no_more_than_the_fullest_one_has():
+@pytest.mark.parametrize("num_experts", [16, 65])
+def test_how_many_rows_experts_compute(num_experts):
     computed = []
 
     def recording_relu(z):
-        computed.append(z.shape)
+        computed.append(z.shape[:-1])
         return keras.ops.relu(z)
 
-    layer = SparseMoE(16, 8, k=3, activation=recording_relu)
+    layer = SparseMoE(num_experts, 8, k=3, activation=recording_relu)
     x = np.random.default_rng(0).normal(size=(5, 10, WIDTH))
     mask = np.arange(50).reshape(5, 10) < 37
     layer.build(x.shape)
@@ -96,8 +97,10 @@ def test_experts_compute_no_more_than_the_fullest_one_has():
     layer(x, mask=mask)
     load = layer.route(x, mask=mask).load
     assert sum(load) == 37 * 3  # each example that isn't masked, once per choice
-    # One product: the experts are too small for a loop, whose every turn costs 2·10⁷ multiply-adds.
-    assert computed == [(16, int(max(load)), 8)]
+    if num_experts <= 64:  # A product each, of just its rows.
+        assert computed == [(int(rows),) for rows in load]
+    else:  # One product. The experts are too small for a loop, of 2·10⁷ multiply-adds a turn.
+        assert computed == [(num_experts, int(max(load)))]
 
 
 def test_ties_go_to_the_lowest_index():
