@@ -26,7 +26,8 @@ def sequences(lookup, sentences):
     """
     ids = tf.cast(lookup(tf.strings.split(sentences)[:, -MAX_WORDS:]), tf.int32)
     eos = tf.fill([tf.shape(sentences)[0], 1], EOS_ID)
-    return [tf.concat(parts, axis=1).to_tensor() for parts in ([eos, ids], [ids, eos])]
+    inputs = tf.concat([eos, ids.to_tensor()], axis=1)
+    return inputs, tf.concat([ids, eos], axis=1).to_tensor(shape=tf.shape(inputs))
 
 
 def signatures(model, lookup):
@@ -47,8 +48,12 @@ def signatures(model, lookup):
 
     def probabilities(tokens):
         length = tf.shape(tokens)[1]
-        few = tf.debugging.assert_less_equal(length, MAX_WORDS + 1, "A sequence is too long.")
-        with tf.control_dependencies([few]):
+        checks = [
+            tf.debugging.assert_less_equal(length, MAX_WORDS + 1, "A sequence is too long."),
+            # Ids too large are an error anyway; Keras counts negative ones from the end.
+            tf.debugging.assert_non_negative(tokens, "An id is negative."),
+        ]
+        with tf.control_dependencies(checks):
             return {"probabilities": tf.exp(model(tf.identity(tokens)))}
 
     def score(sentences):
