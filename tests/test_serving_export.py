@@ -20,6 +20,7 @@ from helpers import (
     with_random_weights,
 )
 from keras.ops import convert_to_numpy as numpy
+from tensorflow_serving.apis import prediction_log_pb2
 
 import keras_moe
 from keras_moe.serving.signatures import trace
@@ -280,8 +281,6 @@ class Subclassed(keras.Model):
     ],
 )
 def test_wrong_arguments_are_explained(arguments, message, tmp_path):
-    if "warm_up" in arguments:
-        pytest.importorskip("tensorflow_serving")
     model = keras.Sequential([keras.Input((WIDTH,), name="x"), keras.layers.Dense(1)])
     with pytest.raises(ValueError, match=message):
         keras_moe.export_saved_model(**{"model": model, "path": tmp_path, **arguments})
@@ -296,7 +295,6 @@ def test_a_subclassed_model_has_to_name_its_inputs(tmp_path):
 
 
 def test_warm_up_requests_are_answered_and_stored(trained, tmp_path):
-    prediction_log = pytest.importorskip("tensorflow_serving.apis.prediction_log_pb2")
     model, _ = trained
     signatures = {"serving_default": (model, [TOKENS]), "same": (model, [TOKENS])}
     requests = {"serving_default": {"tokens": [[1, 2]]}, "same": [{"tokens": [[3]]}] * 2}
@@ -306,7 +304,7 @@ def test_warm_up_requests_are_answered_and_stored(trained, tmp_path):
     records = [*tf.data.TFRecordDataset(str(file)).as_numpy_iterator()]
     names = []
     for record in records:
-        request = prediction_log.PredictionLog.FromString(record).predict_log.request
+        request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
         names.append(request.model_spec.signature_name)
         inputs = {key: tf.make_ndarray(value) for key, value in request.inputs.items()}
         assert inputs["tokens"].dtype == "int32"
