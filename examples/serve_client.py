@@ -98,7 +98,11 @@ class GrpcClient:
         }
         service = {"service": "tensorflow.serving.PredictionService"}
         config = {"methodConfig": [{"name": [service], "retryPolicy": retry}]}
-        channel = grpc.insecure_channel(address, [("grpc.service_config", json.dumps(config))])
+        options = [
+            ("grpc.service_config", json.dumps(config)),
+            ("grpc.max_receive_message_length", -1),  # instead of 4 MB
+        ]
+        channel = grpc.insecure_channel(address, options)
         self.stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
 
     def predict(self, signature, **inputs):

@@ -126,18 +126,33 @@ def test_bfloat16_halves_the_room_and_keeps_the_routing(tmp_path):
     )
     gating = model.get_layer("moe").gating
     for weight in model.weights:
-        if all(weight is not w for w in gating.weights):
+        if len(weight.shape) >= 2 and all(weight is not w for w in gating.weights):
             weight.assign(tf.cast(tf.cast(weight, "bfloat16"), "float32"))
     np.testing.assert_allclose(answer(x), model(x), rtol=1e-5, atol=1e-5)
     kept = {tuple(v.shape): v.dtype.name for v in served.stored}
-    assert kept.pop((8, 8)) == "float32"  # gate_kernel
+    assert kept.pop((8, 8)) == kept.pop((50,)) == "float32"  # gate_kernel, bias
     assert set(kept.values()) == {"bfloat16"}
 
     def bytes_of(served):
         return sum(v.shape.num_elements() * v.dtype.size for v in served.stored)
 
-    # 50·8 + 2·8·8·16 + 8·50 + 50 = 2898 weights at 4 or 2 bytes, 8·8 of the gating at 4.
-    assert (bytes_of(exact), bytes_of(served)) == (4 * 2898 + 256, 2 * 2898 + 256)
+    # 50·8 + 2·8·8·16 + 8·50 = 2848 weights at 4 or 2 bytes; 8·8 of the gating and 50 biases at 4.
+    assert (bytes_of(exact), bytes_of(served)) == (4 * 2848 + 456, 2 * 2848 + 456)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_quantized_experts_are_exported_in_int8(dtype, tmp_path):
+    expert = keras.Sequential([keras.layers.Dense(8, "tanh"), keras.layers.Dense(WIDTH)])
+    moe = keras_moe.SparseMoE(4, experts=expert, k=2)
+    model = keras.Sequential([keras.Input((WIDTH,), name="x"), moe])
+    with pytest.warns((UserWarning, DeprecationWarning)):  # of layers that stay as they are
+        model.quantize("int8")
+    answer, served = export(model, tmp_path, name="x", dtype=dtype)
+    x = examples(7)
+    np.testing.assert_allclose(answer(x), model(x), rtol=1e-5, atol=1e-6)
+    # Experts without rows count, too: 2·4 kernels in int8, 2·4 scales, 2·4 biases, gate_kernel.
+    dtypes = [v.dtype.name for v in served.stored]
+    assert (dtypes.count("int8"), dtypes.count("float32")) == (8, 17)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_bias": True, "num_shared_experts": 1}])
@@ -155,6 +170,15 @@ def test_bfloat16_is_converted_where_it_is_read(options, tmp_path):
     assert not {(8, 8, 16), (8, 16, 8), (50, 8)} & set(converted)
 
 
+def test_a_loop_does_not_convert_anew_in_each_turn():
+    model = keras.Sequential([keras.Input((None, 4), name="x"), keras.layers.LSTM(3)])
+    pair = model, [tf.TensorSpec([None, None, 4], name="x")]
+    graph = trace("serving_default", pair, StoredWeights([model], "bfloat16")).function.graph
+    converted = [tuple(op.inputs[0].shape) for op in graph.get_operations() if op.type == "Cast"]
+    # Kernels for input and state, in float32 four times as wide as the state of 3.
+    assert sorted(converted) == [(3, 12), (4, 12)]
+
+
 def test_inputs_and_outputs_have_the_names_of_the_model(tmp_path):
     words = keras.Input((None,), dtype="int32", name="words")
     style = keras.Input((3,), name="style")
@@ -162,9 +186,11 @@ def test_inputs_and_outputs_have_the_names_of_the_model(tmp_path):
     y = keras_moe.SparseMoE(4, 5, k=2)(x)
     outputs = {"each": y, "mean": keras.layers.GlobalAveragePooling1D()(y)}
     request = {"words": tf.constant([[1, 2]]), "style": tf.ones((1, 3))}
+    warm_up = {"serving_default": {name: value.numpy() for name, value in request.items()}}
     for inputs in ([words, style], {"words": words, "style": style}):
         model = keras.Model(inputs, outputs)
-        served = tf.saved_model.load(keras_moe.export_saved_model(model, tmp_path))
+        path = keras_moe.export_saved_model(model, tmp_path, warm_up=warm_up)
+        served = tf.saved_model.load(path)
         answers = served.signatures["serving_default"](**request)
         expected = model(request if isinstance(inputs, dict) else list(request.values()))
         assert answers.keys() == {"each", "mean"}
@@ -178,6 +204,34 @@ def test_a_model_without_names_takes_inputs(tmp_path):
     model(x)
     answer, _ = export(model, tmp_path, name="inputs")
     np.testing.assert_allclose(answer(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_tables_in_the_model_and_beside_it_are_exported(tmp_path):
+    text = keras.Input((), dtype="string", name="text")
+    ids = keras.layers.TextVectorization(vocabulary=["the", "war"])(text)
+    model = keras.Model(text, keras.layers.Embedding(4, 2)(ids))
+    names = tf.lookup.KeyValueTensorInitializer([2, 3], ["the", "war"])
+    table = tf.lookup.StaticHashTable(names, "?")
+    signatures = {"words": (lambda ids: table.lookup(ids), [tf.TensorSpec([None], "int32")])}
+    path = keras_moe.export_saved_model(model, tmp_path, signatures=signatures, track=[table])
+    served = tf.saved_model.load(path).signatures
+    asked = tf.constant(["the war", "the peace"])
+    np.testing.assert_array_equal(served["serving_default"](text=asked)["outputs"], model(asked))
+    assert served["words"](ids=tf.constant([3, 1]))["outputs"].numpy().tolist() == [b"war", b"?"]
+
+
+def test_a_function_of_tensorflow_is_exported_again_and_again(trained, tmp_path):
+    model, x = trained
+    function = tf.function(lambda tokens: {"best": tf.argmax(model(tokens), axis=-1)})
+    expected = function(x)["best"]
+    for dtype in (None, "bfloat16", None):
+        signatures = {"serving_default": (function, [TOKENS])}
+        path = keras_moe.export_saved_model(model, tmp_path, None, signatures, dtype=dtype)
+        served = tf.saved_model.load(path)
+        assert ("bfloat16" in [v.dtype.name for v in served.stored]) == (dtype == "bfloat16")
+        if dtype is None:
+            answer = served.signatures["serving_default"](tokens=x)["best"]
+            np.testing.assert_array_equal(answer, expected)
 
 
 def test_signatures_use_what_is_tracked(trained, tmp_path):
@@ -237,7 +291,8 @@ def in_python(model):
 
 
 def compiled(model):
-    return tf.function(lambda tokens: tf.one_hot(tokens, 3), jit_compile=True)
+    one_hot = tf.function(lambda tokens: tf.one_hot(tokens, 3), jit_compile=True)
+    return lambda tokens: one_hot(tokens)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ def export_saved_model(
     deleted. Several processes may export at the same time: each gets a version of its own.
 
     The signatures hold what answers a request and nothing else: no noise, no dropping, no state of
-    seeds, metrics or the optimizer, nothing that is written. The answer to an example doesn't
-    depend on what else is in the batch, and few examples read the chosen experts' weights alone.
+    seeds, metrics or the optimizer, nothing that is written. What a mixture answers to an example
+    doesn't depend on the rest of the batch, and few examples read the chosen feed-forward experts'
+    weights alone.
 
     Example:
     ```python
@@ -51,9 +52,10 @@ def export_saved_model(
             it returns tensors by name, or one, which then is called `outputs`. An input has the
             name of its spec, or else of the function's argument. Without `"serving_default"` among
             them that is the model's own call, its inputs named as its `keras.Input`s, or `inputs`.
-        track: What the functions use besides the model: other layers, lookup tables.
-        dtype: `"bfloat16"` stores float32 weights in half the room, gatings excepted, and computes
-            in the model's precision. `None` stores them as they are.
+        track: List of what the functions use besides the model: other layers, lookup tables.
+        dtype: `"bfloat16"` stores float32 matrices in half the room, gatings excepted, and
+            computes in the model's precision. `None` stores all weights as they are: also in int8,
+            where `model.quantize` has made them so.
         warm_up: Requests that a server answers before it lets the version take the place of the
             one before: dict from names of signatures to a dict from names of inputs to values, or
             to a list of such dicts. Takes `pip install keras_moe[serving]`.

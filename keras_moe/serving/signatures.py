@@ -53,20 +53,20 @@ def of_model(model):
     Raises:
         ValueError: If the model was not built by symbolic inputs, so that it doesn't know them.
     """
-    inputs = None
-    if isinstance(model, keras.Sequential) and model.built:
-        (inputs,) = model.inputs
-    elif hasattr(model, "inputs"):
-        inputs = model.input
-    if inputs is None:
+    inputs = getattr(model, "inputs", None)
+    if not inputs:
         raise ValueError(
-            "A subclassed model doesn't tell its inputs. Give them names, shapes and types, such "
-            'as signatures={"serving_default": (model, [tf.TensorSpec([None, None], "int32", '
-            f'"tokens")])}}. Received: {model.name!r}'
+            "The model doesn't tell its inputs, as one that is subclassed. Give them names, shapes "
+            'and types, such as signatures={"serving_default": (model, [tf.TensorSpec([None], '
+            f'"int32", "tokens")])}}. Received: {model.name!r}'
         )
-    if not tf.nest.is_nested(inputs) and _NUMBERED.fullmatch(inputs.name):
-        return model, [_as_spec(inputs, "inputs")]
-    return model, [tf.nest.map_structure(lambda x: _as_spec(x, x.name), inputs)]
+    inputs = inputs[0] if isinstance(model, keras.Sequential) else model.input
+    alone = len(tf.nest.flatten(inputs)) == 1
+
+    def with_name(x):
+        return _as_spec(x, "inputs" if alone and _NUMBERED.fullmatch(x.name) else x.name)
+
+    return model, [tf.nest.map_structure(with_name, inputs)]
 
 
 def trace(name, pair, weights):
@@ -86,6 +86,8 @@ def trace(name, pair, weights):
             is a scalar, or the graph has something in it that no server is to run.
     """
     function, specs = _with_names(name, pair)
+    # What a tf.function has traced before reads other variables than those to be stored.
+    function = getattr(function, "python_function", function)
 
     @tf.function(input_signature=specs, autograph=False)
     def signature(*inputs):

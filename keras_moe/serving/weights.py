@@ -10,9 +10,10 @@ from keras_moe.sparse_moe import SparseMoE
 class StoredWeights:
     """What an export stores of some layers.
 
-    In bfloat16 every float32 weight takes half the room. A signature converts it back once per
-    call, except kernels of experts and embeddings: of those it reads what a request needs, and
-    converts that. Gating stays in float32, as examples would go to other experts.
+    In bfloat16 float32 matrices take half the room. A signature converts them back once per call,
+    except experts' kernels and embeddings: of those it reads what a request needs, and converts
+    that. Gating stays in float32, as examples would go to other experts; vectors, of which the
+    scales of quantized layers are some, take no room.
 
     Args:
         layers: Built layers.
@@ -32,7 +33,7 @@ class StoredWeights:
         self.narrow = {
             key: tf.Variable(tf.cast(weight.value, dtype), name=weight.path)
             for key, weight in weights.items()
-            if dtype is not None and weight.dtype == "float32" and key not in exact
+            if dtype is not None and _is_matrix(weight) and key not in exact
         }
         state = [v for layer in layers for v in [*layer.variables, *layer.metrics_variables]]
         self.frozen = [(v, keras.ops.convert_to_numpy(v)) for v in state if id(v) not in weights]
@@ -64,6 +65,10 @@ class ServingScope(keras.StatelessScope):
             with self._graph.as_default():  # In a loop each turn would convert it anew.
                 self.state_mapping[id(variable)] = self._weights.read(variable)
         return self.state_mapping[id(variable)]
+
+
+def _is_matrix(weight):
+    return weight.dtype == "float32" and len(weight.shape) >= 2
 
 
 def _read_by_rows(layer):
