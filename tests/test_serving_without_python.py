@@ -124,40 +124,34 @@ def test_saved_model_cli_answers_as_the_model(exported, tmp_path):
 
 
 def ids(*shape, value=1, dtype="int32"):
-    return {"tokens": np.full(shape, value, dtype)}
+    return np.full(shape, value, dtype)
 
 
 def text(*sentences):
-    return {"sentences": np.array(sentences, object)}
+    return np.array(sentences, object)
 
 
 @pytest.mark.parametrize(
-    ("signature", "request_"),
+    "request_",
     [
-        ("serving_default", ids(2, 3, dtype="float32")),
-        ("serving_default", ids(2, 3, dtype="int64")),
-        ("serving_default", text(b"the war")),
-        ("serving_default", ids(3)),
-        ("serving_default", ids()),
-        ("serving_default", ids(2, 3, 1)),
-        ("serving_default", ids(2, 3, value=13)),
-        ("serving_default", ids(2, 3, value=2**31 - 1)),
-        ("serving_default", ids(2, 3, value=-1)),
-        ("serving_default", ids(1, 10**6)),
-        ("serving_default", ids(4, 0)),
-        ("serving_default", {}),
-        ("score", ids(2, 3)),
-        ("score", {"sentences": np.array([[b"the war"]], object)}),
-        ("next_words", {}),
+        {"tokens": ids(2, 3, dtype="float32")},
+        {"tokens": ids(2, 3, dtype="int64")},
+        {"tokens": text(b"the war")},
+        {"tokens": ids(3)},
+        {"tokens": ids()},
+        {"tokens": ids(2, 3, 1)},
+        {"tokens": ids(2, 3, value=13)},
+        {"tokens": ids(2, 3, value=2**31 - 1)},
+        {"tokens": ids(2, 3, value=-1)},
+        {"tokens": ids(1, 10**6)},
+        {"tokens": ids(4, 0)},
+        {"sentences": ids(2, 3)},
+        {"sentences": text([b"the war"])},
+        {},
     ],
 )
-def test_a_wrong_request_gets_an_error_and_the_next_one_an_answer(
-    signature, request_, server, exported
-):
-    if "sentences" in request_ and signature == "serving_default":
-        request_ = {"tokens": request_["sentences"]}
-    elif "tokens" in request_ and signature == "score":
-        request_ = {"sentences": request_["tokens"]}
+def test_a_wrong_request_gets_an_error_and_the_next_one_an_answer(request_, server, exported):
+    signature = "score" if "sentences" in request_ else "serving_default"
     code, message = server.ask(signature, **request_)
     assert code == INVALID_ARGUMENT, message
     good = exported.request(signature, 3)
@@ -165,9 +159,10 @@ def test_a_wrong_request_gets_an_error_and_the_next_one_an_answer(
 
 
 def test_empty_batches_get_empty_answers(server):
-    assert server.ask("serving_default", **ids(0, 4))["probabilities"].shape == (0, 4, 13)
-    assert server.ask("score", **text())["log_probabilities"].shape == (0, 1)
-    assert server.ask("next_words", **text())["words"].shape == (0, 5)
+    answer = server.ask("serving_default", tokens=ids(0, 4))
+    assert answer["probabilities"].shape == (0, 4, 13)
+    assert server.ask("score", sentences=text())["log_probabilities"].shape == (0, 1)
+    assert server.ask("next_words", sentences=text())["words"].shape == (0, 5)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +180,8 @@ def test_empty_batches_get_empty_answers(server):
 def test_hostile_text_leaves_its_neighbour_alone(sentence, server, exported):
     good = b"we have the"
     for signature in ("score", "next_words"):
-        alone = server.ask(signature, **text(good))
-        both = server.ask(signature, **text(sentence, good))
+        alone = server.ask(signature, sentences=text(good))
+        both = server.ask(signature, sentences=text(sentence, good))
         for name, value in alone.items():
             mine = both[name][1:]
             if signature == "score":  # Padded up to the longest sentence's length.
