@@ -341,6 +341,18 @@ def test_wrong_arguments_are_explained(arguments, message, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_model_may_hold_layers_that_it_does_not_call(tmp_path):
+    class Spare(Subclassed):
+        def build(self, shape):
+            self.spare = [keras.layers.Embedding(3, 2), keras_moe.SparseMoE(3, 2, k=1)]
+
+    model = Spare()
+    model(examples(2))
+    signatures = {"serving_default": (model, [tf.TensorSpec([None, WIDTH])])}
+    answer, _ = export(model, tmp_path, name="x", signatures=signatures)
+    np.testing.assert_array_equal(answer(examples(3)), examples(3))
+
+
 def test_a_subclassed_model_has_to_name_its_inputs(tmp_path):
     model = Subclassed()
     model(examples(2))

@@ -72,6 +72,8 @@ def _is_matrix(weight):
 
 
 def _read_by_rows(layer):
+    if not layer.built:  # The model has it, but doesn't call it.
+        return []
     if isinstance(layer, FeedForwardExperts):
         return layer.kernels
     return [layer.embeddings] if isinstance(layer, keras.layers.Embedding) else []
