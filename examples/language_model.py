@@ -28,6 +28,7 @@ from experiment import evaluate, heading, read_words, train
 from word_model import SideBySide, WordModel, footprint
 
 import keras_moe
+from keras_moe.serving import versions
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -49,7 +50,7 @@ def parse_arguments(arguments=None):
         ("evaluations", 6, "points on the curves"),
         ("seed", 0, "seed of the weights, the noise and the batches"),
         ("output", ROOT / "results" / "language_model", "folder for the pictures"),
-        ("export", ROOT / "saved_models" / "language_model" / "1", "folder for the export"),
+        ("export", ROOT / "saved_models" / "language_model", "folder for the exports"),
     )
     return experiment.parse_arguments(__doc__, options, arguments)
 
@@ -57,7 +58,7 @@ def parse_arguments(arguments=None):
 def main(args):
     """Does all that the script does and returns the rows of the table."""
     start = time.time()
-    serving.check_target(args.export)  # Now, not after minutes of training.
+    versions.check_target(args.export)  # Now, not after minutes of training.
     words, lookup = read_words(args)
 
     heading("Training side by side, on the same batches")
@@ -107,12 +108,19 @@ def main(args):
     print(f"wrote {report.plot_load(examples.load, args.output / 'expert_load.png')}")
 
     heading("Exporting the mixture, and asking it from a process without Keras")
-    print(f"wrote {serving.export(mixture, lookup, args.export)}")
+    exported = keras_moe.export_saved_model(
+        mixture,
+        args.export,
+        signatures=serving.signatures(mixture, lookup),
+        track=[lookup],
+        warm_up=serving.WARM_UP,
+    )
+    print(f"wrote {exported}")
     prompts = text.decode(words["test"][:64:16, :6], lookup)
-    tokens = serving.tokens(lookup, tf.constant(prompts))
+    tokens, _ = serving.sequences(lookup, tf.constant(prompts))
     expected = args.output / "expected.npz"
     np.savez(expected, prompts=prompts, tokens=tokens, probabilities=np.exp(mixture(tokens)))
-    query = [sys.executable, ROOT / "examples" / "query.py", args.export, expected]
+    query = [sys.executable, ROOT / "examples" / "query.py", exported, expected]
     subprocess.run(query, check=True)
     print(f"\nAll of it took {(time.time() - start) / 60:.1f} minutes.")
     return results

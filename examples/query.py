@@ -6,8 +6,10 @@ EXPECTED.npz holds `prompts`, their `tokens`, and the `probabilities` that the t
 computed for them.
 """
 
+import logging
 import sys
 
+logging.getLogger("absl").setLevel(logging.ERROR)  # It warns that an export has no gradients.
 # As on a server: here `import keras_moe` and `import keras` fail.
 sys.modules["keras_moe"] = sys.modules["keras"] = None
 

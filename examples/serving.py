@@ -1,80 +1,75 @@
-"""Exports a `WordModel` with its vocabulary: TensorFlow alone can load and query it."""
+"""What the demo's export answers: the signatures of a `WordModel` with its vocabulary."""
 
-import os
-import pathlib
-import shutil
-
-import keras
 import tensorflow as tf
 from text import EOS_ID, PADDING_ID
 
+MAX_WORDS = 255  # A sentence as long as a book would take all memory of a server.
 
-def tokens(lookup, sentences):
-    """Beginnings of sentences, words between spaces, to the model's ids.
+# A server answers these before it lets a version in, since first requests are slow.
+WARM_UP = {
+    "serving_default": {"tokens": [[EOS_ID]]},
+    "score": {"sentences": ["the"]},
+    "next_words": {"sentences": ["the"]},
+}
+
+
+def sequences(lookup, sentences):
+    """Sentences, words between spaces, as the model reads them.
 
     Args:
         lookup: A `keras.layers.StringLookup` from words to ids.
-        sentences: String tensor [B].
+        sentences: String tensor [B]. Of a longer one the last 255 words count.
 
     Returns:
-        int32 tensor [B, L], the end-of-sentence id first, padded with 0.
+        Inputs and targets, int32 tensors [B, L]: the ids behind, and before, that of the end of
+        the sentence, padded with 0.
     """
-    ids = tf.cast(lookup(tf.strings.split(sentences)), tf.int32)
-    begin = tf.fill([tf.shape(sentences)[0], 1], EOS_ID)
-    return tf.concat([begin, ids.to_tensor()], axis=1)
+    ids = tf.cast(lookup(tf.strings.split(sentences)[:, -MAX_WORDS:]), tf.int32)
+    eos = tf.fill([tf.shape(sentences)[0], 1], EOS_ID)
+    inputs = tf.concat([eos, ids.to_tensor()], axis=1)
+    return inputs, tf.concat([ids, eos], axis=1).to_tensor(shape=tf.shape(inputs))
 
 
-def check_target(path):
-    """Raises ValueError if exporting to `path` would replace anything but an older export."""
-    path = pathlib.Path(path)
-    if path.exists() and not (path / "saved_model.pb").is_file():
-        raise ValueError(
-            "The folder for the export must be new, or hold an older export that is to be "
-            f"replaced. Received: {str(path)!r}"
-        )
+def signatures(model, lookup):
+    """The signatures of an export, for `keras_moe.export_saved_model`.
 
-
-def export(model, lookup, path):
-    """Writes a SavedModel for TF Serving, under its final name only when it is complete.
-
-    Signatures:
-        `serving_default`: tokens int32 [B, L] to `probabilities` float32 [B, L, V], those of the
-            word after each position.
-        `next_words`: `sentences` string [B] to `words` and their `probabilities` [B, 5].
+    - `serving_default`: `tokens` int32 [B, L], up to 256 of them, to `probabilities` float32
+      [B, L, V], those of the word after each position.
+    - `score`: `sentences` string [B] to `log_probabilities` float32 [B, L], those of its words and
+      of its end, padded with 0.
+    - `next_words`: `sentences` string [B] to `words` and their `probabilities` [B, 5], the
+      likeliest first.
 
     Args:
         model: A built `WordModel`.
         lookup: A `keras.layers.StringLookup` from words to ids.
-        path: Folder to write, which should be a version number. An older export is replaced.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: If `path` exists and is no export.
     """
-    check_target(path)
     vocabulary = tf.constant(lookup.get_vocabulary())
 
     def probabilities(tokens):
-        return {"probabilities": tf.exp(model(tokens))}
+        length = tf.shape(tokens)[1]
+        checks = [
+            tf.debugging.assert_less_equal(length, MAX_WORDS + 1, "A sequence is too long."),
+            # Ids too large are an error anyway; Keras counts negative ones from the end.
+            tf.debugging.assert_non_negative(tokens, "An id is negative."),
+        ]
+        with tf.control_dependencies(checks):
+            return {"probabilities": tf.exp(model(tf.identity(tokens)))}
+
+    def score(sentences):
+        inputs, targets = sequences(lookup, sentences)
+        scores = tf.gather(model(inputs), targets, batch_dims=2)
+        return {"log_probabilities": tf.where(targets == PADDING_ID, 0.0, scores)}
 
     def next_words(sentences):
-        ids = tokens(lookup, sentences)
-        last = tf.reduce_sum(tf.cast(ids != PADDING_ID, tf.int32), axis=1) - 1
-        chances, best = tf.math.top_k(tf.exp(tf.gather(model(ids), last, batch_dims=1)), 5)
+        inputs, _ = sequences(lookup, sentences)
+        last = tf.reduce_sum(tf.cast(inputs != PADDING_ID, tf.int32), axis=1) - 1
+        chances, best = tf.math.top_k(tf.exp(tf.gather(model(inputs), last, batch_dims=1)), 5)
         return {"words": tf.gather(vocabulary, best), "probabilities": chances}
 
-    archive = keras.export.ExportArchive()
-    archive.track(model)
-    archive.track(lookup)
-    archive.add_endpoint(
-        "serving_default", probabilities, [tf.TensorSpec([None, None], tf.int32, "tokens")]
-    )
-    archive.add_endpoint("next_words", next_words, [tf.TensorSpec([None], tf.string, "sentences")])
-    unfinished = f"{path}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    archive.write_out(unfinished, verbose=False)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(unfinished, path)
-    return path
+    sentences = [tf.TensorSpec([None], tf.string)]
+    return {
+        "serving_default": (probabilities, [tf.TensorSpec([None, None], tf.int32)]),
+        "score": (score, sentences),
+        "next_words": (next_words, sentences),
+    }

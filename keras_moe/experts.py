@@ -158,7 +158,7 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         for i, kernel in enumerate(kernels):
             if i > 0:
                 rows = self._activate(rows)
-            rows = ops.matmul(rows, kernel)
+            rows = _product(rows, kernel)
             if biases:
                 rows += biases[i]
         return rows
@@ -195,6 +195,18 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
             "recompute": self.recompute,
             "static_shapes": self.static_shapes,
         }
+
+
+def _product(rows, kernel):
+    """rows·kernel. A kernel stored in less than the rows' precision is converted for rows alone."""
+    if keras.backend.standardize_dtype(kernel.dtype) == rows.dtype:
+        return ops.matmul(rows, kernel)
+    empty = (*ops.shape(rows)[:-1], kernel.shape[-1])
+    return ops.cond(
+        ops.size(rows) > 0,
+        lambda: ops.matmul(rows, ops.cast(kernel, rows.dtype)),
+        lambda: ops.zeros(empty, rows.dtype),
+    )
 
 
 def _check_hidden_units(hidden_units):

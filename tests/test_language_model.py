@@ -36,7 +36,7 @@ def demo(tmp_path_factory):
     arguments = {
         "--text": folder / "text.txt",
         "--output": folder / "pictures",
-        "--export": folder / "exported" / "1",
+        "--export": folder / "exported",
         "--vocabulary-size": 300,
         "--width": 16,
         "--num-experts": 8,
@@ -106,6 +106,26 @@ def test_demo_queries_its_export_without_keras(demo):
     assert np.all(np.diff(chances) <= 0) and np.all(chances.sum(axis=1) < 1)
 
 
+def test_the_signatures_of_the_demo_agree(demo):
+    _, folder = demo
+    served = tf.saved_model.load(folder / "exported" / "1").signatures
+    prompt = b"we have the"
+    guess = {k: v[0] for k, v in served["next_words"](sentences=tf.constant([prompt])).items()}
+    more = [prompt, b"", *(prompt + b" " + word for word in guess["words"].numpy())]
+    scores = served["score"](sentences=tf.constant(more))["log_probabilities"].numpy()
+    # Words and the end of sentence have scores: 3 + 1, 0 + 1, 4 + 1.
+    np.testing.assert_array_equal((scores < 0).sum(axis=1), [4, 1] + 5 * [5])
+    np.testing.assert_allclose(np.exp(scores[2:, 3]), guess["probabilities"], rtol=1e-4)
+    # Of a long text the last 255 words count, and tokens up to 256.
+    long = b"the " * 1000 + b"war " * 255
+    same = served["score"](sentences=tf.constant([long, long[4000:]]))["log_probabilities"].numpy()
+    assert same.shape == (2, 256)
+    np.testing.assert_array_equal(same[0], same[1])
+    served["serving_default"](tokens=tf.ones([1, 256], tf.int32))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="A sequence is too long"):
+        served["serving_default"](tokens=tf.ones([1, 257], tf.int32))
+
+
 def test_query_notices_wrong_answers(demo, tmp_path):
     _, folder = demo
     expected = dict(np.load(folder / "pictures" / "expected.npz"))
@@ -123,22 +143,22 @@ def test_a_missing_text_ends_in_one_sentence(tmp_path):
     assert "Traceback" not in finished.stderr
 
 
-def test_an_export_replaces_nothing_but_an_export(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
+def test_an_export_as_the_folder_of_exports_is_refused_at_once(tmp_path):
+    (tmp_path / "saved_model.pb").touch()
     finished = run("language_model.py", "--export", tmp_path)
     assert finished.returncode == 1
-    assert "error: The folder for the export must be new" in finished.stderr
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert "error: `path` must be the folder that holds a folder for each" in finished.stderr
+    assert "===" not in finished.stdout  # Nothing has been read or trained yet.
 
 
 def test_too_short_a_text_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("It was a dark and stormy night.\n" * 100)
     finished = run(
-        "language_model.py", "--text", tmp_path / "short.txt", "--export", tmp_path / "1"
+        "language_model.py", "--text", tmp_path / "short.txt", "--export", tmp_path / "exported"
     )
     assert finished.returncode == 1
     assert "error: The text must be long enough" in finished.stderr
-    assert not (tmp_path / "1").exists()
+    assert not (tmp_path / "exported").exists()
 
 
 def models():
