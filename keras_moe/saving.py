@@ -1,14 +1,16 @@
 """Weight files: nothing damaged and nothing of another shape gets into a layer."""
 
+import functools
 import os
 import tempfile
 import zipfile
 import zlib
 
+import keras
 import numpy as np
 from keras import ops
 
-_CHECKSUMS = "checksums"
+_CHECKSUMS, _NUMBER = "checksums", "num_experts"
 
 
 class CheckedVariables:
@@ -74,11 +76,7 @@ class CheckedVariables:
             checksums.append(_checksum(value))
         self._check_shapes(own.values(), shapes)
         if _CHECKSUMS in store.keys() and store[_CHECKSUMS].tolist() != checksums:
-            raise ValueError(
-                f"The file is damaged: what it holds for the layer {self.name!r} does not match "
-                "the checksums that were stored with it. Take another copy of the file. Received: "
-                f"checksums {checksums}, stored {store[_CHECKSUMS].tolist()}"
-            )
+            _refuse_damaged(self, checksums, store[_CHECKSUMS].tolist())
 
     def _check_shapes(self, variables, shapes):
         wrong = [(v, s) for v, s in zip(variables, shapes, strict=True) if tuple(v.shape) != s]
@@ -87,11 +85,7 @@ class CheckedVariables:
         sizes = {self._other_size(variable, shape) for variable, shape in wrong}
         if None not in sizes and len(sizes) == 1:
             ((received, wanted),) = sizes
-            raise ValueError(
-                f"The file holds {received} {self.unit}, the layer {self.name!r} has {wanted}. "
-                "Load it into a layer of the same number; keras_moe.grow and keras_moe.prune "
-                "change the number explicitly."
-            )
+            _refuse_number(self, self.unit, received, wanted)
         raise ValueError(
             f"The file holds other shapes than the layer {self.name!r} has. Build the model with "
             "the configuration of the saved one before loading. Received: "
@@ -107,11 +101,73 @@ class CheckedVariables:
         return (shape[axis], variable.shape[axis]) if shape == resized else None
 
 
+class CheckedExperts:
+    """Stores the number of a bank's `layers`, and checksums of all that these layers store.
+
+    A class that a bank inherits from before `keras.layers.Layer`. The layers may be of any class,
+    and save and load as that does. But Keras loads the bank before them, so that the bank can tell
+    each of them what it may load. Files without number and checksums load as well.
+    """
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        values = [value for _, own in _parts(self.layers) for value in own.values()]
+        store[_NUMBER] = len(self.layers)
+        store[_CHECKSUMS] = np.array([_checksum(ops.convert_to_numpy(v)) for v in values], "uint32")
+
+    def load_own_variables(self, store):
+        own = {key: store[key] for key in store.keys()}
+        if _NUMBER in own:
+            number, checksums = int(own.pop(_NUMBER)), own.pop(_CHECKSUMS).tolist()
+            same = number == len(self.layers)
+            for part, _ in _parts(self.layers):
+                part.load_own_variables = functools.partial(
+                    _load_expected, part, set(checksums if same else [])
+                )
+            if not same:
+                _refuse_number(self, "experts", number, len(self.layers))
+        super().load_own_variables(own)
+
+
+def _load_expected(layer, expected, store):
+    """`layer.load_own_variables(store)`, of values with the expected checksums alone."""
+    own = {key: store[key] for key in store.keys()}
+    checksums = [_checksum(value) for value in own.values()]
+    if not expected.issuperset(checksums):
+        _refuse_damaged(layer, checksums, sorted(expected))
+    # The method of the class is back only now, since Keras tries again what has failed.
+    del layer.load_own_variables
+    layer.load_own_variables(own)
+
+
+def _parts(value, seen=None):
+    """Yields the layers with variables of their own, and what they save of them.
+
+    They are found where Keras looks for them: in attributes of layers, in lists, tuples and dicts.
+    """
+    seen = set() if seen is None else seen
+    children = ()
+    if isinstance(value, keras.layers.Layer):
+        own = {}
+        value.save_own_variables(own)
+        if own:
+            yield value, own
+        children = vars(value).values()
+    elif isinstance(value, dict):
+        children = value.values()
+    elif isinstance(value, (list, tuple)):
+        children = value
+    for child in list(children):
+        if id(child) not in seen:
+            seen.add(id(child))
+            yield from _parts(child, seen)
+
+
 def load_weights(model, filepath):
     """Loads a weight file completely or not at all.
 
     `model.load_weights` raises an error when the file is cut off, when a shape is wrong, or when
-    the bytes of a gating or of a bank of experts do not match their checksums. Such a layer stays
+    the bytes of a gating or of experts do not match their checksums. Such a layer stays
     as it was, but Keras loads all others, and leaves a mixture of two models behind. After an
     error of this function every weight of the model and every variable of its optimizer is what
     it was before: they are saved to a temporary file first, and put back. Memory holds no second
@@ -157,6 +213,21 @@ def _check_archive(filepath):
             f"The file is damaged: {damaged!r} does not match its checksum in the archive. Take "
             f"another copy of the file. Received: {filepath}"
         )
+
+
+def _refuse_number(layer, unit, received, wanted):
+    raise ValueError(
+        f"The file holds {received} {unit}, the layer {layer.name!r} has {wanted}. Load it into a "
+        "layer of the same number; keras_moe.grow and keras_moe.prune change the number explicitly."
+    )
+
+
+def _refuse_damaged(layer, received, stored):
+    raise ValueError(
+        f"The file is damaged: what it holds for the layer {layer.name!r} does not match the "
+        "checksums that were stored with it. Take another copy of the file. Received: checksums "
+        f"{received}, stored {stored}"
+    )
 
 
 def _checksum(value):
