@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -11,6 +12,7 @@ import numpy as np
 from keras import ops
 
 _CHECKSUMS, _NUMBER = "checksums", "num_experts"
+_SEAL, _SEAL_SIZE = b"keras_moe weights, crc32 ", 512
 
 
 class CheckedVariables:
@@ -163,19 +165,52 @@ def _parts(value, seen=None):
             yield from _parts(child, seen)
 
 
+def save_weights(model, filepath):
+    """Writes a weight file in which `load_weights` finds any damage, whatever layer it is in.
+
+    The file is that of `model.save_weights`, behind a checksum of all its bytes.
+    `model.load_weights` and whatever else reads HDF5 skip that, and do not check it.
+
+    Example:
+    ```python
+    keras_moe.save_weights(model, "model.weights.h5")
+    ```
+
+    Args:
+        model: A built model.
+        filepath: Path that ends in `.weights.h5`. A file that is there is replaced.
+
+    Raises:
+        ValueError: If the path ends otherwise.
+    """
+    if not str(filepath).endswith(".weights.h5"):
+        raise ValueError(
+            "The path must end in `.weights.h5`; `model.save` writes `.keras` files, which have "
+            f"checksums of their own. Received: {filepath}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        unsealed = os.path.join(folder, "unsealed.weights.h5")
+        model.save_weights(unsealed)
+        with open(unsealed, "rb") as source, open(filepath, "wb") as target:
+            target.write(_seal(source))
+            source.seek(0)
+            shutil.copyfileobj(source, target)
+
+
 def load_weights(model, filepath):
     """Loads a weight file completely or not at all.
 
     `model.load_weights` raises an error when the file is cut off, when a shape is wrong, or when
-    the bytes of a gating or of experts do not match their checksums. Such a layer stays
-    as it was, but Keras loads all others, and leaves a mixture of two models behind. After an
-    error of this function every weight of the model and every variable of its optimizer is what
-    it was before: they are saved to a temporary file first, and put back. Memory holds no second
-    copy of them, but the folder for temporary files needs the room.
+    the bytes of a gating or of experts do not match their checksums. Such a layer stays as it was,
+    but Keras loads all others, and leaves a mixture of two models behind. After an error of this
+    function every weight of the model and every variable of its optimizer is what it was before:
+    they are saved to a temporary file first, and put back. Memory holds no second copy of them,
+    but the folder for temporary files needs the room.
 
-    Of a `.keras` file the checksums of the archive, which cover every layer, are verified as well.
-    A `.weights.h5` has checksums for the layers of keras_moe alone: a flipped bit in the weights
-    of another layer makes another weight, and no error.
+    Of a file by `keras_moe.save_weights`, and of a `.keras` file, every byte is checked before
+    anything is loaded. A `.weights.h5` by `model.save_weights` has checksums for the layers of
+    keras_moe alone: a flipped bit in the weights of another layer makes another weight, and no
+    error.
 
     Example:
     ```python
@@ -184,16 +219,19 @@ def load_weights(model, filepath):
 
     Args:
         model: A built model.
-        filepath: Path of a file that `model.save_weights` or `model.save` has written.
+        filepath: Path of a file that `keras_moe.save_weights`, `model.save_weights` or `model.save`
+            has written.
 
     Raises:
-        ValueError: If a variable does not match its checksum, or the file has other variables or
-            other shapes than the model.
+        ValueError: If the file or a variable does not match its checksum, or the file has other
+            variables or other shapes than the model.
         OSError: If the file cannot be opened or read, as one that is cut off.
         zipfile.BadZipFile: If a `.keras` file is damaged.
     """
     if str(filepath).endswith(".keras"):
         _check_archive(filepath)
+    elif os.path.isfile(filepath):
+        _check_seal(filepath)
     with tempfile.TemporaryDirectory() as folder:
         before = os.path.join(folder, "before.weights.h5")
         model.save_weights(before)
@@ -202,6 +240,25 @@ def load_weights(model, filepath):
         except BaseException:  # An interrupt, too, would leave half of a file loaded.
             model.load_weights(before)
             raise
+
+
+def _seal(file):
+    """The checksum of what is left to read of a file, as a block that HDF5 allows before a file."""
+    checksum = 0
+    while piece := file.read(1 << 20):
+        checksum = zlib.crc32(piece, checksum)
+    return (_SEAL + b"%08x\n" % checksum).ljust(_SEAL_SIZE, b"\0")
+
+
+def _check_seal(filepath):
+    with open(filepath, "rb") as file:
+        seal = file.read(_SEAL_SIZE)
+        if seal.startswith(_SEAL) and seal != _seal(file):
+            raise ValueError(
+                "The file is damaged, or was changed: its bytes do not match the checksum that "
+                "keras_moe.save_weights wrote at its beginning. Take another copy of the file. "
+                f"Received: {filepath}"
+            )
 
 
 def _check_archive(filepath):
