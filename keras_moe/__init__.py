@@ -6,7 +6,7 @@ from keras_moe.experts import FeedForwardExperts
 from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
 from keras_moe.layer_experts import LayerExperts
 from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
-from keras_moe.saving import load_weights
+from keras_moe.saving import load_weights, save_weights
 from keras_moe.serving import export_saved_model
 from keras_moe.sparse_moe import SparseMoE
 from keras_moe.surgery import grow, prune, upcycle
@@ -30,5 +30,6 @@ __all__ = [
     "losses",
     "optimizers",
     "prune",
+    "save_weights",
     "upcycle",
 ]

@@ -8,10 +8,11 @@ from keras import ops
 from keras_moe import grouped
 from keras_moe.arguments import check_size
 from keras_moe.initializers import derived_seeds
+from keras_moe.saving import CheckedExperts
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class LayerExperts(keras.layers.Layer):
+class LayerExperts(CheckedExperts, keras.layers.Layer):
     """A bank whose experts are clones of a Keras layer or model.
 
     Every expert has weights of its own, newly drawn: an integer seed in the layer's configuration

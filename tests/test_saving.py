@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import WIDTH, assign_random_weights
+from weight_files import assert_refused, bits, datasets, flip
 
 import keras_moe
 
@@ -28,39 +29,9 @@ def trained(num_experts, epochs):
     return model
 
 
-def bits(model):
-    variables = list(model.weights)
-    if getattr(model, "optimizer", None) is not None:
-        variables += model.optimizer.variables
-    return [keras.ops.convert_to_numpy(variable).tobytes() for variable in variables]
-
-
-def assert_refused(load, model, path, error=Exception, match=None):
-    before = bits(model)
-    with pytest.raises(error, match=match):
-        load(model, path)
-    assert bits(model) == before
-
-
-def flip(path, position, bit):
-    with open(path, "r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ (1 << bit)]))
-
-
 def mixture_data(path):
     """The places in the file of all that it holds for gating and experts, checksums included."""
-    places = []
-
-    def collect(name, item):
-        if isinstance(item, h5py.Dataset) and ("/gating/" in name or "/experts/" in name):
-            start = item.id.get_offset()
-            places.append(np.arange(start, start + item.id.get_storage_size()))
-
-    with h5py.File(path) as file:
-        file.visititems(collect)
+    places = [p for name, p in datasets(path).items() if "/gating/" in name or "/experts/" in name]
     # Two kernels of the gating; two kernels and two biases of the bank; checksums of either.
     assert len(places) == 8
     return places
@@ -149,27 +120,14 @@ def test_every_flipped_bit_of_gating_and_experts_is_found(tmp_path):
             flip(damaged, position, rng.integers(8))
             assert_refused(keras_moe.load_weights, model, damaged, ValueError, "is damaged")
     # Keras alone loads the rest, but reports it, and the part with the damage keeps its weights.
-    part = moe.gating if "gating" in name_at(damaged, position) else moe.experts
+    (name,) = [name for name, place in datasets(damaged).items() if position in place]
+    part = moe.gating if "/gating/" in name else moe.experts
     rest = model.layers[0]
     before, rest_before = bits(part), bits(rest)
     with pytest.raises(ValueError, match="is damaged"):
         model.load_weights(damaged)
     assert bits(part) == before
     assert bits(rest) != rest_before
-
-
-def name_at(path, position):
-    names = []
-
-    def collect(name, item):
-        if isinstance(item, h5py.Dataset):
-            start = item.id.get_offset()
-            if start <= position < start + item.id.get_storage_size():
-                names.append(name)
-
-    with h5py.File(path) as file:
-        file.visititems(collect)
-    return names[0]
 
 
 def test_every_flipped_bit_of_an_archive_is_found(tmp_path):
