@@ -22,7 +22,7 @@ def dense(case):
 
 
 def weight_traffic(case):
-    """Reads all experts' weights twice and writes as much as their gradients: all a step must move."""
+    """All that a step must move: reads the experts' weights twice, writes as much once."""
     shapes = ([case.num_experts, WIDTH, HIDDEN_UNITS], [case.num_experts, HIDDEN_UNITS, WIDTH])
     weights = [tf.Variable(tf.zeros(shape)) for shape in shapes]
 
