@@ -53,6 +53,12 @@ OTHERS = [
     ),
     Contender("dense, PyTorch", TORCH, "dense", "as dense"),
     Contender(
+        "moving the weights alone",
+        TENSORFLOW,
+        "weight_traffic",
+        "reads all experts' weights twice, writes as many bytes once; no operations",
+    ),
+    Contender(
         "keras_moe, FactoredAdam",
         TENSORFLOW,
         "sparse_moe",

@@ -21,6 +21,19 @@ def dense(case):
     return _step(case, layers, layers.trainable_variables, optimizer="Adam")
 
 
+def weight_traffic(case):
+    """All that a step must move: reads the experts' weights twice, writes as much once."""
+    shapes = ([case.num_experts, WIDTH, HIDDEN_UNITS], [case.num_experts, HIDDEN_UNITS, WIDTH])
+    weights = [tf.Variable(tf.zeros(shape)) for shape in shapes]
+
+    @tf.function(input_signature=[tf.TensorSpec([])])
+    def step(factor):
+        return [(tf.reduce_sum(weight), weight * factor) for weight in weights]
+
+    factor = tf.constant(2.0)
+    return lambda: step(factor)
+
+
 def sparse_moe(case, optimizer=None):
     """`SparseMoE` or `HierarchicalMoE`, noise and losses included."""
     if case.groups > 1:

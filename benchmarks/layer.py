@@ -35,6 +35,7 @@ PACKAGES = (
     "mixture-of-experts",
     "keras-hub",
 )
+TRAFFIC = "moving the weights alone"
 LAYERS = [other.name for other in OTHERS if "optimizer" not in other.options]
 GIB = 2**30
 
@@ -75,13 +76,13 @@ def make_tables(cells):
                 "T=16": forward._replace(examples=16),
                 "T=4096": forward,
             },
-            LAYERS,
+            [name for name in LAYERS if name != TRAFFIC],
             milliseconds=True,
         ),
         "skewed": Table(
             "One expert among the choices of 60% of the examples, N=256 K=4 T=4096, all gradients",
             {"balanced": flat, "skewed": flat._replace(skew=0.6)},
-            [name for name in LAYERS if "capacity" not in name],
+            ["keras_moe", "original (tensor2tensor)", "transformers Mixtral, grouped_mm"],
             quotient="skewed ÷ balanced",
         ),
         "hierarchical": Table(
@@ -97,7 +98,7 @@ def make_tables(cells):
         "sweep": Table(
             "Number of experts at constant K·T = 16384, all gradients",
             {f"N={2**i}": Case(2**i, min(4, 2**i), 16384 // min(4, 2**i)) for i in range(11)},
-            ["keras_moe", "original (tensor2tensor)"],
+            ["keras_moe", "original (tensor2tensor)", TRAFFIC],
         ),
     }
 
@@ -166,48 +167,50 @@ def describe():
 
 def show(table, outcomes):
     """The lines of a table: time, peak memory, and why a figure is missing."""
+    rows = [DENSE, *(other for other in OTHERS if other.name in table.contenders)]
     columns = {heading: outcomes[case] for heading, case in table.columns.items()}
-    everybody = [DENSE, *OTHERS]
-    rows = [c for c in everybody if any(c.name in column for column in columns.values())]
+    rows = [row for row in rows if any(row.name in column for column in columns.values())]
 
-    def lines(title, cell, last):
+    def lines(title, cell, further):
         yield from ("", f"### {title}", "")
-        yield f"| | {' | '.join([*columns, *last])} |"
-        yield "|---" * (1 + len(columns) + len(last)) + "|"
+        yield f"| | {' | '.join([*columns, *further])} |"
+        yield "|---" * (1 + len(columns) + len(further)) + "|"
         for row in rows:
-            cells = [cell(row, column.get(row.name)) for column in columns.values()]
-            yield f"| {' | '.join([row.name, *cells, *(f(row) for f in last.values())])} |"
+            found = [measured(column.get(row.name)) for column in columns.values()]
+            cells = [cell(row, outcome) if outcome else "–" for outcome in found]
+            cells += [function(row, found) for function in further.values()]
+            yield f"| {' | '.join([row.name, *cells])} |"
+
+    def measured(outcome):
+        return None if outcome is None or outcome.failure else outcome
 
     def time_cell(row, outcome):
-        if outcome is None or outcome.failure:
-            return "–"
-        shown = f"{1000 * statistics.median(outcome.seconds):.3g} ms"
+        milliseconds = f"{1000 * statistics.median(outcome.seconds):.3g} ms"
         if row is DENSE:
-            return shown
+            return milliseconds
         ratio = "{:.2f} ({:.2f}–{:.2f})".format(*quartiles(outcome.ratios))
-        return f"{shown}, {ratio}" if table.milliseconds else ratio
+        return f"{milliseconds}, {ratio}" if table.milliseconds else ratio
 
     def memory_cell(row, outcome):
-        if outcome is None or outcome.failure:
-            return "–"
         return f"{outcome.peak_bytes / GIB:.2f}"
 
-    def quotient(row):
-        balanced, skewed = (column.get(row.name) for column in columns.values())
-        if None in (balanced, skewed) or balanced.failure or skewed.failure:
+    def quotient(row, found):
+        if None in found:
             return "–"
-        return f"{statistics.median(skewed.ratios) / statistics.median(balanced.ratios):.2f}"
+        first, last = (statistics.median(outcome.ratios) for outcome in found)
+        return f"{last / first:.2f}"
 
     further = {table.quotient: quotient} if table.quotient else {}
-    yield from lines(table.title, time_cell, {**further, "differences": lambda row: row.note})
+    further["differences"] = lambda row, found: row.note
+    yield from lines(table.title, time_cell, further)
     yield from lines("Peak memory of that, GiB", memory_cell, {})
     weights = [f"{2 * case.weight_bytes / GIB:.2f}" for case in table.columns.values()]
     yield f"| *the experts' weights twice, for their gradients* | {' | '.join(weights)} |"
     yield ""
     for heading, column in columns.items():
-        for name, outcome in column.items():
-            if outcome.failure:
-                yield f"- {name}, {heading}: {outcome.failure}"
+        for row in rows:
+            if row.name in column and column[row.name].failure:
+                yield f"- {row.name}, {heading}: {column[row.name].failure}"
 
 
 def quartiles(values):
@@ -217,35 +220,29 @@ def quartiles(values):
 
 
 def plot(table, outcomes, path):
-    """Draws time against N, and beside it the bytes of weights that a step has to move."""
+    """Draws time against N, beside the time that moving the experts' weights alone would add."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name in [DENSE.name, *table.contenders]:
-        points = [
-            (case.num_experts, statistics.median(outcomes[case][name].seconds))
+    def draw(name, style, label, offset=0):
+        measured = {
+            case.num_experts: offset + statistics.median(outcomes[case][name].ratios)
             for case in table.columns.values()
             if name in outcomes[case] and not outcomes[case][name].failure
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="experts N, at K·T = 16384", ylabel="seconds")
-    axes.set_xscale("log", base=2)
+        }
+        if measured:
+            axes.plot(*zip(*measured.items(), strict=True), style, label=label)
 
-    # Both axes span as many decades, so that equal slopes look equal.
-    cases = table.columns.values()
-    gigabytes = [3 * case.weight_bytes / 1e9 for case in cases]
-    other = axes.twinx()
-    label = "bytes of expert weights moved: read twice, gradients written"
-    axes.plot([], [], "k:", label=label)
-    other.plot([case.num_experts for case in cases], gigabytes, "k:")
-    other.set(yscale="log", ylabel="GB")
-    low, high = axes.get_ylim()
-    top = 1.5 * max(gigabytes)
-    other.set_ylim(top * low / high, top)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in table.contenders:
+        if name != TRAFFIC:
+            draw(name, "o-", name)
+    draw(TRAFFIC, "k:", "1 + bytes of expert weights moved, at the rate of moving them alone", 1)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="experts N, at K·T = 16384", ylabel="time of forward + backward, × dense")
+    axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(path, dpi=120)
 

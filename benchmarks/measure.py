@@ -171,7 +171,8 @@ class Worker:
             answer = self._pipe.recv()
         except EOFError:
             self._process.join()
-            raise OutOfMemory(f"ended with exit code {self._process.exitcode}") from None
+            code = self._process.exitcode
+            raise OutOfMemory(f"ended with exit code {code}, out of memory?") from None
         if isinstance(answer, Failure):
             raise answer
         return answer

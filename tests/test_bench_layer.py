@@ -30,6 +30,11 @@ def test_the_tables_hold_what_was_measured(tmp_path, capsys):
     assert table.strip() == capsys.readouterr().out.strip()
 
 
+def test_the_tables_name_contenders_that_exist():
+    named = {name for table in layer.make_tables([]).values() for name in table.contenders}
+    assert named == {other.name for other in layer.OTHERS}
+
+
 def test_a_contender_that_fails_says_why_and_the_others_are_measured():
     absent = measure.Contender("absent", "no_such_module", "make")
     outcomes = measure.measure(SMALL, layer.DENSE, [absent], rounds=1)
