@@ -71,6 +71,9 @@ def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(rows_per_expe
         ([0, 1, 0, 0], 0),
         # Even: 4·(10 + 50) = 240 against 4·(9 + 50) + 4·20 + 120 + 1.
         ([9, 10, 9, 9], 10),
+        # One above the others: 4·(50 + 50) = 400 against 4·(9 + 50) + 4·20 + 120 + 41 = 477, where
+        # 4·20 is for adding the loop's gradients to the batch's.
+        ([9, 50, 9, 9], 50),
         # One far above the others: 4·(9 + 50) + 4·20 + 120 + 991 = 1427 against 4·(1000 + 50).
         ([9, 1000, 8, 9], 9),
         ([0, 0, 0, 0], 0),
