@@ -20,11 +20,11 @@ import numpy as np
 import report
 import tensorflow as tf
 import text
-from experiment import evaluate, heading, read_words, train
-from word_model import SideBySide, WordModel
+from experiment import SideBySide, evaluate, heading, read_words, train
 
 import keras_moe
 from keras_moe import losses
+from keras_moe.models import LanguageModel
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -97,7 +97,7 @@ def main(args):
 
 
 def make_model(vocabulary_size, w_importance, w_load, name, args):
-    """Returns a built `WordModel`, equal to any other in all but the weights of its losses."""
+    """Returns a built `LanguageModel`, equal to any other in all but the weights of its losses."""
     keras.utils.set_random_seed(args.seed)  # Each model draws its initial weights from the start.
     middle = keras_moe.SparseMoE(
         args.num_experts,
@@ -108,8 +108,13 @@ def make_model(vocabulary_size, w_importance, w_load, name, args):
         seed=args.seed,
         name=name,
     )
-    model = WordModel(
-        vocabulary_size, args.width, middle, args.dropout, args.num_sampled, args.seed
+    model = LanguageModel(
+        vocabulary_size,
+        args.width,
+        middle,
+        dropout=args.dropout,
+        num_sampled=args.num_sampled,
+        seed=args.seed,
     )
     model.build((None, None))
     return model

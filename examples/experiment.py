@@ -6,6 +6,7 @@ import sys
 import keras
 import numpy as np
 import report
+import tensorflow as tf
 import text
 from state_of_the_union import StateOfTheUnion
 
@@ -64,6 +65,39 @@ def read_words(args):
         print(f"{part:>10}: {sentences.nrows():9,} sentences, {len(ids):11,} words,", end=" ")
         print(f"{unknown:.1%} unknown")
     return words, lookup
+
+
+class SideBySide(keras.Model):
+    """Trains several models on the same batches at the same time, each as if it were alone.
+
+    Args:
+        models: `LanguageModel`s by name. The logs show the perplexity of each under its name.
+    """
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = models
+        for name, model in models.items():
+            model.perplexity.name = f"{name}/perplexity"
+
+    def build(self, tokens_shape):
+        """Builds the models that aren't built yet."""
+        for model in self.models.values():
+            if not model.built:
+                model.build(tokens_shape)
+
+    def call(self, tokens, training=None):
+        """The models' outputs by name."""
+        return {name: model(tokens, training=training) for name, model in self.models.items()}
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Mean cross-entropy per word of each model and the losses of its layers, added up."""
+        total = sum(self.losses)
+        for name, model in self.models.items():
+            losses = model.cross_entropy(y, y_pred[name], training)
+            model.perplexity.update_state(losses)
+            total += tf.reduce_mean(losses)
+        return total
 
 
 def train(side_by_side, words, args, shown=None):

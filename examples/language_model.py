@@ -24,10 +24,10 @@ import report
 import serving
 import tensorflow as tf
 import text
-from experiment import evaluate, heading, read_words, train
-from word_model import SideBySide, WordModel, footprint
+from experiment import SideBySide, evaluate, heading, read_words, train
 
 import keras_moe
+from keras_moe.models import LanguageModel, footprint
 from keras_moe.serving import versions
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,12 +84,17 @@ def main(args):
             ]
         ),
     }
-    middles["dense"].supports_masking = True  # Dense layers do; a Sequential has to be told.
     print(f"   mixture: {args.num_experts} experts of {args.hidden_units} units, {args.k} per word")
     print(f"     dense: {wide} units")
     vocabulary_size = len(lookup.get_vocabulary())
     models = {
-        name: WordModel(vocabulary_size, args.width, middle, args.dropout, args.num_sampled)
+        name: LanguageModel(
+            vocabulary_size,
+            args.width,
+            middle,
+            dropout=args.dropout,
+            num_sampled=args.num_sampled,
+        )
         for name, middle in middles.items()
     }
     pair, mixture = SideBySide(models), models["mixture"]

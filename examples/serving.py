@@ -1,4 +1,4 @@
-"""What the demo's export answers: the signatures of a `WordModel` with its vocabulary."""
+"""What the demo's export answers: the signatures of a `LanguageModel` with its vocabulary."""
 
 import tensorflow as tf
 from text import EOS_ID, PADDING_ID
@@ -41,7 +41,7 @@ def signatures(model, lookup):
       likeliest first.
 
     Args:
-        model: A built `WordModel`.
+        model: A built `LanguageModel`.
         lookup: A `keras.layers.StringLookup` from words to ids.
     """
     vocabulary = tf.constant(lookup.get_vocabulary())

@@ -1,6 +1,6 @@
 """The sparsely-gated mixture-of-experts layer of Shazeer et al. (2017) for Keras 3."""
 
-from keras_moe import callbacks, losses, optimizers
+from keras_moe import callbacks, layers, losses, models, optimizers
 from keras_moe.balanced_gating import StrictlyBalancedGating
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
@@ -26,8 +26,10 @@ __all__ = [
     "callbacks",
     "export_saved_model",
     "grow",
+    "layers",
     "load_weights",
     "losses",
+    "models",
     "optimizers",
     "prune",
     "save_weights",

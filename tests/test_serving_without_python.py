@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import serving
 from helpers import assign_random_weights
-from word_model import WordModel
 
 import keras_moe
 
@@ -27,7 +26,7 @@ class Exported:
         self.lookup = keras.layers.StringLookup(
             vocabulary=["<eos>", *WORDS], mask_token="", oov_token="<unk>"
         )
-        self.model = WordModel(len(self.lookup.get_vocabulary()), 8, middle)
+        self.model = keras_moe.models.LanguageModel(len(self.lookup.get_vocabulary()), 8, middle)
         self.model.build((None, None))
         assign_random_weights(self.model, np.random.default_rng(0))
         self.signatures = serving.signatures(self.model, self.lookup)

@@ -1,0 +1,65 @@
+"""A softmax over a large vocabulary that is trained on samples of it."""
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from keras_moe.arguments import check_size
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class SampledSoftmax(keras.layers.Dense):
+    """A softmax trained by importance sampling with a log-uniform sampler (appendix C).
+
+    A call computes the whole softmax: V numbers for each word. `sampled_loss` estimates the loss
+    of a training step from the target words and `num_sampled` others alone, the same for the whole
+    batch, drawn without replacement: word i with a probability ∝ log((i + 2) / (i + 1)), as fits
+    Zipf's law (Jean et al., 2015, arXiv:1412.2007).
+
+    Args:
+        vocabulary_size: V; ids are sorted by decreasing frequency, as the sampler supposes.
+        num_sampled: Words drawn per batch; at most all of them.
+        seed: Integer, seed of the draws.
+        **kwargs: Keyword arguments of `keras.layers.Layer`.
+
+    Attributes:
+        kernel: Variable [D, V].
+        bias: Variable [V].
+
+    Call arguments:
+        hidden: Float tensor [..., D].
+
+    Returns:
+        Log-probabilities [..., V].
+
+    Raises:
+        ValueError: If a size is not an integer of at least 1.
+    """
+
+    def __init__(self, vocabulary_size, num_sampled=1024, seed=None, **kwargs):
+        vocabulary_size = check_size("vocabulary_size", vocabulary_size)
+        super().__init__(vocabulary_size, activation="log_softmax", **kwargs)
+        self.num_sampled = min(check_size("num_sampled", num_sampled), vocabulary_size)
+        self.seed = seed
+        self.supports_jit = False  # XLA has no log-uniform sampler.
+
+    def sampled_loss(self, hidden, targets):
+        """Estimates the cross-entropy: hidden [T, D] and targets [T] to float [T]."""
+        return tf.nn.sampled_softmax_loss(
+            weights=tf.transpose(self.kernel),
+            biases=tf.convert_to_tensor(self.bias),
+            labels=targets[:, None],
+            inputs=ops.cast(hidden, self.variable_dtype),
+            num_sampled=self.num_sampled,
+            num_classes=self.units,
+            seed=self.seed,
+        )
+
+    def get_config(self):
+        layer = keras.layers.Layer.get_config(self)  # Dense has options that are fixed here.
+        return {
+            **layer,
+            "vocabulary_size": self.units,
+            "num_sampled": self.num_sampled,
+            "seed": self.seed,
+        }

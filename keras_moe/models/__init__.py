@@ -1,0 +1,16 @@
+"""The paper's models, their presets and footprints."""
+
+from keras_moe.models.footprint import Footprint, footprint
+from keras_moe.models.language_model import LanguageModel, Perplexity
+from keras_moe.models.presets import PRESETS, TABLE_7, TABLE_8, Preset
+
+__all__ = [
+    "PRESETS",
+    "TABLE_7",
+    "TABLE_8",
+    "Footprint",
+    "LanguageModel",
+    "Perplexity",
+    "Preset",
+    "footprint",
+]
