@@ -10,6 +10,8 @@ import tensorflow as tf
 import text
 from state_of_the_union import StateOfTheUnion
 
+from keras_moe.models import Perplexity
+
 
 def parse_arguments(description, options, arguments=None):
     """Reads the command line.
@@ -77,8 +79,7 @@ class SideBySide(keras.Model):
     def __init__(self, models):
         super().__init__()
         self.models = models
-        for name, model in models.items():
-            model.perplexity.name = f"{name}/perplexity"
+        self.perplexities = {name: Perplexity(name=f"{name}/perplexity") for name in models}
 
     def build(self, tokens_shape):
         """Builds the models that aren't built yet."""
@@ -95,7 +96,7 @@ class SideBySide(keras.Model):
         total = sum(self.losses)
         for name, model in self.models.items():
             losses = model.cross_entropy(y, y_pred[name], training)
-            model.perplexity.update_state(losses)
+            self.perplexities[name].update_state(losses)
             total += tf.reduce_mean(losses)
         return total
 
