@@ -17,6 +17,7 @@ from keras import ops
 
 from keras_moe import grouped
 from keras_moe.arguments import check_size
+from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.initializers import PerExpert
 from keras_moe.saving import CheckedVariables
 
@@ -58,6 +59,8 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         static_shapes: Whether to compute in shapes that the shape of `rows` alone determines, as
             XLA needs them: in blocks of rows, each with a copy of its expert's kernels, at up to
             twice the operations.
+        expert_parallel: Whether each replica of a `tf.distribute` strategy holds a part of the
+            experts. Inside a replica N stands for those.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Attributes:
@@ -76,7 +79,7 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
 
     Raises:
         ValueError: If `num_experts`, an entry of `hidden_units` or `output_dim` is not an integer
-            of at least 1.
+            of at least 1; in `build` if the replicas cannot hold as many experts each.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         bias_regularizer=None,
         recompute=False,
         static_shapes=False,
+        expert_parallel=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -107,9 +111,19 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.recompute = recompute
         self.static_shapes = static_shapes
+        self.expert_parallel = expert_parallel
         self.supports_jit = static_shapes
 
     def build(self, input_shape):
+        if not self.expert_parallel:
+            self._add_weights(input_shape)
+            return
+        with sharded_rows(self.num_experts):
+            self._add_weights(input_shape)
+        for variable in self.weights:
+            variable.regularizer = over_shards(variable.regularizer)
+
+    def _add_weights(self, input_shape):
         sizes = [input_shape[-1], *self.hidden_units, self.output_dim or input_shape[-1]]
         self.kernels, self.biases = [], []
         for i, (width, units) in enumerate(zip(sizes, sizes[1:], strict=False)):
@@ -194,6 +208,7 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
             "recompute": self.recompute,
             "static_shapes": self.static_shapes,
+            "expert_parallel": self.expert_parallel,
         }
 
 
