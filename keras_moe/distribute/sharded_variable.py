@@ -91,7 +91,7 @@ class ShardedVariable(internals.DistributedVariable):
             part[...] = shard.numpy()
         return rows
 
-    def __array__(self, dtype=None):
+    def __array__(self, dtype=None):  # noqa: D105
         return self.numpy().astype(dtype or self.dtype.as_numpy_dtype, copy=False)
 
     def assign(self, value, use_locking=None, name=None, read_value=True):
@@ -106,7 +106,11 @@ class ShardedVariable(internals.DistributedVariable):
     def _update_shards(self, method, value):
         if self.shard is not None:
             return getattr(self.shard, method)(value)
-        for shard, part in zip(self._values, tf.split(value, len(self._values)), strict=True):
+        if isinstance(value, ShardedVariable):
+            parts = value.shards
+        else:
+            parts = tf.split(value, len(self._values))
+        for shard, part in zip(self._values, parts, strict=True):
             with tf.device(shard.device):
                 getattr(shard, method)(part)
         return self
