@@ -116,3 +116,13 @@ def check_number(part, name, number):
             f"The layer and its part {part.name!r} must have the same `{name}`. Received: "
             f"`{name}={number}`, and a part made for {getattr(part, name)}"
         )
+
+
+def check_parallel(gating):
+    """Raises ValueError for a gating that would have to see the examples of all replicas."""
+    if isinstance(gating, StrictlyBalancedGating):
+        raise ValueError(
+            "Strictly balanced gating takes the best examples of a whole batch, which no replica "
+            "sees; leave out `expert_parallel`, or take another gating. Received: "
+            f"expert_parallel=True, gating {gating.name!r}"
+        )

@@ -11,7 +11,13 @@ from keras_moe.arguments import check_capacity_factor, check_size, check_weight
 from keras_moe.distribute import collectives
 from keras_moe.distribute.exchange import on_their_replicas
 from keras_moe.distribute.global_capacity import drop_beyond
-from keras_moe.parts import check_number, make_experts, make_gating, make_shared_experts
+from keras_moe.parts import (
+    check_number,
+    check_parallel,
+    make_experts,
+    make_gating,
+    make_shared_experts,
+)
 from keras_moe.routing import check_routing
 
 
@@ -174,6 +180,8 @@ class SparseMoE(keras.layers.Layer):
         )
         for part in (self.gating, self.experts):
             check_number(part, "num_experts", self.num_experts)
+        if self.expert_parallel:
+            check_parallel(self.gating)
         self.shared_experts = make_shared_experts(self.experts, self.num_shared_experts)
         self.supports_jit = self.gating.supports_jit and self.experts.supports_jit
 

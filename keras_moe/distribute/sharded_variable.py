@@ -94,6 +94,19 @@ class ShardedVariable(internals.DistributedVariable):
     def __array__(self, dtype=None):  # noqa: D105
         return self.numpy().astype(dtype or self.dtype.as_numpy_dtype, copy=False)
 
+    def gathered(self, name):
+        """A variable of TensorFlow with all rows, on the host."""
+        with tf.device("CPU:0"):
+            return internals.make_component(initial_value=self.numpy(), name=name)
+
+    def _export_to_saved_model_graph(self, *args, **kwargs):
+        raise NotImplementedError(
+            "A SavedModel has to hold all experts in one variable, but this model's are held in "
+            "shards. Export it by `keras_moe.export_saved_model(model, path)`, or save it and load "
+            "it without a strategy first. Received: a SavedModel of a model with "
+            f"{self.name!r} of shape {tuple(self.shape)}"
+        )
+
     def assign(self, value, use_locking=None, name=None, read_value=True):
         return self._update_shards("assign", value)
 

@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from keras_moe.distribute.sharded_variable import ShardedVariable
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.sparse_moe import SparseMoE
 
@@ -35,6 +36,10 @@ class StoredWeights:
             for key, weight in weights.items()
             if dtype is not None and _is_matrix(weight) and key not in exact
         }
+        # A server has one device, which holds all rows of what replicas hold in shards.
+        for key, weight in weights.items():
+            if key not in self.narrow and isinstance(weight.value, ShardedVariable):
+                self.narrow[key] = weight.value.gathered(name=weight.path)
         state = [v for layer in layers for v in [*layer.variables, *layer.metrics_variables]]
         self.frozen = [(v, keras.ops.convert_to_numpy(v)) for v in state if id(v) not in weights]
 
