@@ -257,7 +257,7 @@ class SparseMoE(keras.layers.Layer):
 
     def _mix(self, examples, routing, training):
         """The chosen experts' outputs, [T, D_out], and which fraction of the choices dropped."""
-        drop = training and self.capacity_factor is not None
+        drop = bool(training) and self.capacity_factor is not None
         if self.expert_parallel and collectives.num_replicas() > 1:
             return self._mix_over_replicas(examples, routing, drop)
         if drop:
