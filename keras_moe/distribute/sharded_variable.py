@@ -128,25 +128,6 @@ class ShardedVariable(internals.DistributedVariable):
                 getattr(shard, method)(part)
         return self
 
-    def _serialize_to_tensors(self):
-        # A checkpoint that holds slices of one tensor gives whoever reads it the slices he asks
-        # for, or all in one.
-        return {"VARIABLE_VALUE": dict(zip(self._slices(), self._values, strict=True))}
-
-    def _restore_from_tensors(self, restored_tensors):
-        slices = restored_tensors["VARIABLE_VALUE"]
-        for key, shard in zip(self._slices(), self._values, strict=True):
-            with tf.device(shard.device):
-                shard.assign(slices[key])
-        return self
-
-    def _slices(self):
-        """The places of the shards in the whole variable, in the format of checkpoints."""
-        size = self._values[0].shape[0]
-        rest = "".join(f":0,{length}" for length in self.shape[1:])
-        whole = " ".join(str(length) for length in self.shape)
-        return [f"{whole} {i * size},{size}{rest}" for i in range(len(self._values))]
-
 
 @contextlib.contextmanager
 def sharded_rows(number, unit="experts"):
