@@ -50,13 +50,11 @@ def checkpoint(model, new, folder):
 
 CASES = [
     (4, 1, flat, keras_file),
-    (4, 2, flat, weight_file),
-    (4, 8, flat, sealed_weight_file),
     (4, 2, flat, checkpoint),
+    (4, 8, flat, sealed_weight_file),
+    (2, 4, flat, weight_file),
     (0, 4, flat, checkpoint),
-    (0, 4, flat, keras_file),
-    (2, 0, hierarchical, checkpoint),
-    (2, 4, hierarchical, weight_file),
+    (2, 0, hierarchical, keras_file),
 ]
 
 
