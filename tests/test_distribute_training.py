@@ -6,6 +6,7 @@ import keras
 import pytest
 from replicas import assert_equal_training, fit, flat, hierarchical, make_model, state
 
+from keras_moe.distribute import internals
 from keras_moe.optimizers import FactoredAdam
 
 OPTIMIZERS = {
@@ -55,3 +56,14 @@ def test_training(num_replicas, layers, optimizer):
     assert_equal_training(trained(num_replicas, layers, optimizer), expected)
     if "capacity" in layers:
         assert 0.1 < expected[0]["first/fraction_dropped"][0] < 0.9
+
+
+@pytest.mark.parametrize("layers", ["flat_capacity", "hierarchical_capacity"])
+def test_training_in_shapes_that_do_not_depend_on_the_data(layers, monkeypatch):
+    # As where XLA compiles, which for CPUs has no all-to-all.
+    monkeypatch.setattr(internals, "compiling", lambda: True)
+    model = make_model(2, lambda: [LAYERS[layers](name="first", kernel_regularizer="l2")])
+    got = fit(model), state(model)
+    monkeypatch.undo()
+    model = make_model(0, lambda: [LAYERS[layers](name="first", kernel_regularizer="l2")])
+    assert_equal_training(got, (fit(model), state(model)))
