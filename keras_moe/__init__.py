@@ -1,6 +1,6 @@
 """The sparsely-gated mixture-of-experts layer of Shazeer et al. (2017) for Keras 3."""
 
-from keras_moe import callbacks, losses, optimizers
+from keras_moe import callbacks, distribute, losses, optimizers
 from keras_moe.balanced_gating import StrictlyBalancedGating
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
@@ -24,6 +24,7 @@ __all__ = [
     "SparseMoE",
     "StrictlyBalancedGating",
     "callbacks",
+    "distribute",
     "export_saved_model",
     "grow",
     "load_weights",
