@@ -7,6 +7,8 @@ with `rows` [N, C, D] alone and returns [N, C, output_dim].
 
 A bank with a method `even_capacity` gets both at once: C rows of each expert, C being the method's
 answer to the number of rows of each, and behind them those above C, sorted and counted as before.
+A bank called with `experts` [K] in place of all these gets one example [1, D], and returns what
+each of these experts makes of it, [K, output_dim].
 """
 
 import inspect
@@ -33,6 +35,11 @@ GATED_ACTIVATIONS = {
 def is_bank(layer):
     """Whether a layer follows the protocol of banks, and isn't to be cloned into one."""
     return "rows_per_expert" in inspect.signature(layer.call).parameters
+
+
+def takes_one_example(bank):
+    """Whether a bank can be called with one example and `experts`."""
+    return "experts" in inspect.signature(bank.call).parameters
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -70,9 +77,10 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         rows_per_expert: int32 [N], their sum at most M; `None` with [N, C, D].
         capacity: Integer or int32 scalar C: before the rows that are sorted and counted come C
             rows of each expert.
+        experts: int32 [K], K known, experts for each of which `rows` is the same example [1, D].
 
     Returns:
-        Float tensor [M, output_dim] or [N, C, output_dim] in the compute dtype.
+        Float tensor [M, output_dim], [N, C, output_dim] or [K, output_dim] in the compute dtype.
 
     Raises:
         ValueError: If `num_experts`, an entry of `hidden_units` or `output_dim` is not an integer
@@ -144,9 +152,11 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         size = sum(math.prod(weight.shape[1:]) for weight in self.weights)
         return grouped.even_capacity(rows_per_expert, size)
 
-    def call(self, rows, rows_per_expert=None, capacity=0):
+    def call(self, rows, rows_per_expert=None, capacity=0, experts=None):
         # One row per expert's bias, so that it can be added to rows and to blocks of rows.
         banks = [*self.kernels, *[ops.expand_dims(bias, axis=1) for bias in self.biases]]
+        if experts is not None:
+            return grouped.one_example(self._feed_forward, rows, experts, banks)
         function = grouped.recomputed(self._feed_forward) if self.recompute else self._feed_forward
         if rows_per_expert is None:
             return function(rows, *banks)

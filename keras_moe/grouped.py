@@ -13,13 +13,15 @@ Up to 64 experts are computed piece by piece. With more, the graph is not to gro
 and the third way go together: what finds no place in the batch is computed alone. `even_capacity`
 is the rule that divides the work. It leaves a few rows, and the many rows of an expert far above
 the others, to the loop.
+
+One example alone needs none of that: `one_example` calls the functions of its K experts.
 """
 
 import tensorflow as tf
 
 from keras_moe.dispatch import rearrange, take
 
-_PIECES = 64  # the most experts to be computed piece by piece
+MOST_PIECES = 64  # the most experts to be computed piece by piece, each by operations of its own
 
 # What `even_capacity` counts with, measured on 2 cores with AVX-512, in rows: the time that one
 # row of an expert takes, that is P multiply-adds for an expert of P parameters.
@@ -43,7 +45,7 @@ def even_capacity(rows_per_expert, size):
         Integer or int32 scalar, 0 or the number of rows of some expert.
     """
     num_experts = rows_per_expert.shape[0]
-    if num_experts <= _PIECES:
+    if num_experts <= MOST_PIECES:
         return 0
     # The candidates are the experts' numbers of rows, the largest first, and 0.
     rows = tf.concat([tf.sort(rows_per_expert, direction="DESCENDING"), [0]], axis=0)
@@ -75,9 +77,47 @@ def apply(function, rows, rows_per_expert, banks, capacity=0, static_shapes=Fals
     banks = [tf.convert_to_tensor(bank) for bank in banks]
     if static_shapes:
         return _block_by_block(function, rows, rows_per_expert, banks)
-    if isinstance(capacity, int) and capacity == 0 and rows_per_expert.shape[0] <= _PIECES:
+    if isinstance(capacity, int) and capacity == 0 and rows_per_expert.shape[0] <= MOST_PIECES:
         return _piece_by_piece(function, rows, rows_per_expert, banks)
     return _batched_and_alone(function, rows, rows_per_expert, banks, capacity)
+
+
+def one_example(function, x, experts, banks):
+    """Applies several experts' functions to one example: nothing is sorted, padded or copied.
+
+    Args:
+        function: As in `apply`.
+        x: Float tensor [1, D].
+        experts: int32 [K], K known.
+        banks: As in `apply`.
+
+    Returns:
+        Float tensor [K, width].
+    """
+
+    @tf.custom_gradient
+    def call(x, *banks):
+        parameters = [[bank[i] for bank in banks] for i in tf.unstack(experts)]
+
+        def results(x, parameters):
+            return tf.concat([function(x, *expert) for expert in parameters], axis=0)
+
+        def gradient(upstream):
+            with tf.GradientTape() as tape:
+                tape.watch([x, parameters])
+                y = results(x, parameters)
+            of_x, of_experts = tape.gradient(
+                y, [x, parameters], upstream, unconnected_gradients="zero"
+            )
+            of_banks = [
+                tf.tensor_scatter_nd_add(tf.zeros_like(bank), experts[:, None], tf.stack(theirs))
+                for bank, theirs in zip(banks, zip(*of_experts, strict=True), strict=True)
+            ]
+            return of_x, *of_banks
+
+        return results(x, parameters), gradient
+
+    return call(x, *map(tf.convert_to_tensor, banks))
 
 
 def recomputed(function):

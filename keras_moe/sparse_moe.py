@@ -6,8 +6,9 @@ import math
 import keras
 from keras import ops
 
-from keras_moe import dispatch, losses
+from keras_moe import dispatch, grouped, losses
 from keras_moe.arguments import check_capacity_factor, check_size, check_weight
+from keras_moe.experts import takes_one_example
 from keras_moe.parts import check_number, make_experts, make_gating, make_shared_experts
 from keras_moe.routing import check_routing
 
@@ -230,13 +231,39 @@ class SparseMoE(keras.layers.Layer):
         check_routing(routing, self.num_experts)
         if self._record is not None:
             self._record(routing)
-        plan = self._plan(routing, training)
-        rows = self._call_experts(dispatch.dispatch(examples, plan), plan)
-        y = ops.cast(dispatch.combine(rows, routing.gates, plan), self.compute_dtype)
+        if training:
+            y, fraction_dropped = self._combined(examples, routing, training)
+        else:
+            y, fraction_dropped = self._served(examples, routing), None
+        y = ops.cast(y, self.compute_dtype)
         if self.shared_experts is not None:
             y += self._call_shared_experts(examples, mask)
-        self._add_balance(routing, plan, training)
+        self._add_balance(routing, fraction_dropped, training)
         return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
+
+    def _combined(self, examples, routing, training):
+        """Equation 1, and the part of the choices that was dropped, `None` where none may be."""
+        plan = self._plan(routing, training)
+        rows = self._call_experts(dispatch.dispatch(examples, plan), plan)
+        return dispatch.combine(rows, routing.gates, plan), plan.fraction_dropped
+
+    def _served(self, examples, routing):
+        """The same outside training: a single example goes to its experts without any plan."""
+
+        def several():
+            return self._combined(examples, routing, training=False)[0]
+
+        def one():
+            gates, experts = routing.gates[0], routing.expert_index[0]
+            counts = gates > 0
+            rows = self.experts(examples[:1], experts=ops.where(counts, experts, 0))
+            rows = ops.where(counts[:, None], rows, ops.zeros((), rows.dtype))
+            return dispatch.as_batch(ops.matmul(ops.cast(gates[None], rows.dtype), rows))
+
+        k = routing.expert_index.shape[1]
+        if k is None or k > grouped.MOST_PIECES or not takes_one_example(self.experts):
+            return several()
+        return ops.cond(ops.shape(examples)[0] == 1, one, several)
 
     def _plan(self, routing, training):
         if self.capacity_factor is None or not training:
@@ -320,7 +347,7 @@ class SparseMoE(keras.layers.Layer):
         # A zero in place of a NaN: 0·NaN would carry it into the gradients.
         return ops.where(mask[:, None], x_flat, ops.zeros_like(x_flat)), mask
 
-    def _add_balance(self, routing, plan, training):
+    def _add_balance(self, routing, fraction_dropped, training):
         cv2_importance = losses.cv_squared(routing.importance)
         cv2_load = losses.cv_squared(routing.load)
         self.add_loss(losses.in_floatx(self.importance_loss_weight * cv2_importance))
@@ -330,8 +357,8 @@ class SparseMoE(keras.layers.Layer):
         self._balance["cv_importance"].update_state(ops.sqrt(cv2_importance))
         self._balance["cv_load"].update_state(ops.sqrt(cv2_load))
         self._balance["max_over_mean_load"].update_state(losses.max_over_mean(routing.load))
-        if plan.fraction_dropped is not None:
-            self._balance["fraction_dropped"].update_state(plan.fraction_dropped)
+        if fraction_dropped is not None:
+            self._balance["fraction_dropped"].update_state(fraction_dropped)
 
     def compute_output_shape(self, input_shape):
         width = self.experts.compute_output_shape((None, input_shape[-1]))[-1]

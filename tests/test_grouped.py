@@ -81,7 +81,7 @@ def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(rows_per_expe
 )
 def test_even_capacity_weighs_the_batch_against_the_loop(rows_per_expert, capacity, monkeypatch):
     assert grouped.even_capacity(tf.constant(rows_per_expert), 1_000_000) == 0  # so few experts
-    monkeypatch.setattr(grouped, "_PIECES", 3)
+    monkeypatch.setattr(grouped, "MOST_PIECES", 3)
     assert grouped.even_capacity(tf.constant(rows_per_expert), 1_000_000) == capacity
 
 
