@@ -20,6 +20,7 @@ from keras import ops
 from keras_moe import grouped
 from keras_moe.arguments import check_size
 from keras_moe.initializers import PerExpert
+from keras_moe.quantized import Int8Kernels
 from keras_moe.saving import CheckedVariables
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
@@ -43,7 +44,7 @@ def takes_one_example(bank):
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
+class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
     """Feed-forward experts (section 4 of the paper): hidden layers, then a linear output layer.
 
     Args:
@@ -71,6 +72,8 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         kernels: List of variables [N, D, F], …, [N, F, output_dim], one per layer of an expert.
             Those of a gated hidden layer have 2·F columns.
         biases: List of variables [N, F], …, [N, output_dim]; empty without `use_bias`.
+        scales: List of variables [N, 1, F], … by which products with kernels are divided; empty
+            unless `quantize("int8")` has made them.
 
     Call arguments:
         rows: Float tensor [M, D], sorted by expert, or [N, C, D].
@@ -119,17 +122,21 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
 
     def build(self, input_shape):
         sizes = [input_shape[-1], *self.hidden_units, self.output_dim or input_shape[-1]]
-        self.kernels, self.biases = [], []
+        self.kernels, self.biases, self.scales = [], [], []
         for i, (width, units) in enumerate(zip(sizes, sizes[1:], strict=False)):
             halves = 2 if self._gated and i < len(self.hidden_units) else 1
-            self.kernels.append(
-                self.add_weight(
-                    name=f"kernel_{i}",
-                    shape=(self.num_experts, width, halves * units),
-                    initializer=PerExpert(self.kernel_initializer, i, halves),
-                    regularizer=self.kernel_regularizer,
+            name, shape = f"kernel_{i}", (self.num_experts, width, halves * units)
+            if self.quantization_mode is not None:
+                self.add_int8_kernel(name, shape)
+            else:
+                self.kernels.append(
+                    self.add_weight(
+                        name=name,
+                        shape=shape,
+                        initializer=PerExpert(self.kernel_initializer, i, halves),
+                        regularizer=self.kernel_regularizer,
+                    )
                 )
-            )
             if self.use_bias:
                 self.biases.append(
                     self.add_weight(
@@ -147,14 +154,16 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
 
         See `grouped.even_capacity`.
         """
-        if self.static_shapes:
+        # A batch of kernels in int8 would convert those of all experts at the same time.
+        if self.static_shapes or self.scales:
             return 0
         size = sum(math.prod(weight.shape[1:]) for weight in self.weights)
         return grouped.even_capacity(rows_per_expert, size)
 
     def call(self, rows, rows_per_expert=None, capacity=0, experts=None):
         # One row per expert's bias, so that it can be added to rows and to blocks of rows.
-        banks = [*self.kernels, *[ops.expand_dims(bias, axis=1) for bias in self.biases]]
+        biases = [ops.expand_dims(bias, axis=1) for bias in self.biases]
+        banks = [*self.kernels, *self.scales, *biases]
         if experts is not None:
             return grouped.one_example(self._feed_forward, rows, experts, banks)
         function = grouped.recomputed(self._feed_forward) if self.recompute else self._feed_forward
@@ -164,11 +173,15 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
 
     def _feed_forward(self, rows, *parameters):
         """One expert on its rows [M, D], or G of them on theirs [G, M, D]."""
-        kernels, biases = parameters[: len(self.kernels)], parameters[len(self.kernels) :]
+        number = len(self.kernels)
+        kernels, others = parameters[:number], parameters[number:]
+        scales, biases = others[: len(self.scales)], others[len(self.scales) :]
         for i, kernel in enumerate(kernels):
             if i > 0:
                 rows = self._activate(rows)
             rows = _product(rows, kernel)
+            if scales:
+                rows /= scales[i]
             if biases:
                 rows += biases[i]
         return rows

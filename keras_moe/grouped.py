@@ -212,7 +212,7 @@ def _batched_and_alone(function, rows, rows_per_expert, banks, capacity):
     def call(rows, *banks):
         batch, others = batch_of(rows), rows[num_places:]
         with tf.GradientTape() as tape:
-            tape.watch([batch, *banks])
+            tape.watch([batch, *(bank for bank in banks if bank.dtype.is_floating)])
             y_batch = function(batch, *banks)
         y_others, gradient_alone = _alone(
             function, others, rows_per_expert, banks, y_batch.shape[-1]

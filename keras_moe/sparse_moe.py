@@ -380,7 +380,8 @@ class SparseMoE(keras.layers.Layer):
             )
         else:
             config["gating"] = keras.saving.serialize_keras_object(self.gating)
-        if not self._feed_forward:
+        # A bank in int8 can't be made by the arguments of this layer.
+        if not self._feed_forward or self.experts.quantization_mode is not None:
             return {**config, "experts": keras.saving.serialize_keras_object(self.experts)}
         bank = self.experts.get_config()
         return {**config, **{name: bank[name] for name in _FEED_FORWARD_ARGUMENTS}}
