@@ -6,9 +6,9 @@ expert's belong to none and come back as zeros. Where every expert has C rows th
 with `rows` [N, C, D] alone and returns [N, C, output_dim].
 
 A bank with a method `even_capacity` gets both at once: C rows of each expert, C being the method's
-answer to the number of rows of each, and behind them those above C, sorted and counted as before.
-A bank called with `experts` [K] in place of all these gets one example [1, D], and returns what
-each of these experts makes of it, [K, output_dim].
+answer to the number of rows of each and to whether it is training, and behind them those above C,
+sorted and counted as before. A bank called with `experts` [K] in place of all these gets one
+example [1, D], and returns what each of these experts makes of it, [K, output_dim].
 """
 
 import inspect
@@ -149,7 +149,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         for variable in (*self.kernels, *self.biases):
             variable.expert_rank = len(variable.shape) - 1  # By it optimizers know them.
 
-    def even_capacity(self, rows_per_expert):
+    def even_capacity(self, rows_per_expert, training=True):
         """With how many places per expert a call is fastest, for these numbers of rows, int32 [N].
 
         See `grouped.even_capacity`.
@@ -158,7 +158,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         if self.static_shapes or self.scales:
             return 0
         size = sum(math.prod(weight.shape[1:]) for weight in self.weights)
-        return grouped.even_capacity(rows_per_expert, size)
+        return grouped.even_capacity(rows_per_expert, size, training)
 
     def call(self, rows, rows_per_expert=None, capacity=0, experts=None):
         # One row per expert's bias, so that it can be added to rows and to blocks of rows.

@@ -5,6 +5,7 @@ picks among that group's experts. To dispatch, experts and combine that is a rou
 other: expert j of group i is the leaf i·B + j of A·B.
 """
 
+import functools
 import math
 
 import keras
@@ -114,7 +115,8 @@ class HierarchicalGating(NoisyGating):
         primary = make_routing(group, gates, self.num_groups, mask, chances)
 
         # From here on there is one row for each choice of a group: T·K_primary.
-        plan = dispatch.make_plan(primary, self.num_groups, self._even_capacity)
+        even_capacity = functools.partial(self._even_capacity, training=bool(training))
+        plan = dispatch.make_plan(primary, self.num_groups, even_capacity)
         rows = dispatch.dispatch(x, plan)
         logits = self._multiply(rows, self.secondary, plan)
         self.add_router_z_loss(logits, ops.reshape(primary.gates > 0, (-1,)))
@@ -137,10 +139,10 @@ class HierarchicalGating(NoisyGating):
             load=ops.reshape(share[:, None] * secondary_load, (-1,)),
         )
 
-    def _even_capacity(self, rows_per_group):
+    def _even_capacity(self, rows_per_group, training):
         if self.static_shapes:
             return 0
-        return grouped.even_capacity(rows_per_group, math.prod(self.secondary.shape[1:]))
+        return grouped.even_capacity(rows_per_group, math.prod(self.secondary.shape[1:]), training)
 
     def _multiply(self, rows, kernels, plan):
         """Each row times the kernel of its group: [T·K_primary, B], in order of the choices."""

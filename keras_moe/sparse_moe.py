@@ -1,6 +1,7 @@
 """The sparsely-gated mixture-of-experts layer."""
 
 import contextlib
+import functools
 import math
 
 import keras
@@ -267,8 +268,10 @@ class SparseMoE(keras.layers.Layer):
 
     def _plan(self, routing, training):
         if self.capacity_factor is None or not training:
-            even_capacity = getattr(self.experts, "even_capacity", 0)
-            return dispatch.make_plan(routing, self.num_experts, even_capacity)
+            capacity = 0
+            if hasattr(self.experts, "even_capacity"):
+                capacity = functools.partial(self.experts.even_capacity, training=bool(training))
+            return dispatch.make_plan(routing, self.num_experts, capacity)
         num_examples, k = ops.shape(routing.expert_index)
         # Of pairs the product; a gating of the user's own need not have the attribute.
         k = getattr(self.gating, "k", k)
