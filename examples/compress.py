@@ -40,7 +40,7 @@ def parse_arguments(arguments=None):
         ("hidden-units", 128, "hidden units of an expert"),
         ("k", 4, "experts per word"),
         ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
-        ("min-share", 0.5, "part of the even share of words that an expert must have to stay"),
+        ("min-share", 0.8, "part of the even share of words that an expert must have to stay"),
         ("dropout", 0.1, "part of every layer's output to drop"),
         ("words-per-batch", 4096, "positions per batch"),
         ("epochs", 3, "passes over the training text"),
@@ -131,8 +131,11 @@ def compare(exports, sentences, args):
             for tokens, targets in batches
         ]
         files = [file for file in pathlib.Path(path).rglob("*") if file.is_file()]
+        perplexity = float(np.exp(np.sum(losses) / number))
+        first = next(iter(rows.values()), {"perplexity": perplexity})["perplexity"]
         rows[name] = {
-            "perplexity": float(np.exp(np.sum(losses) / number)),
+            "perplexity": perplexity,
+            "higher by, %": 100 * (perplexity / first - 1),
             "weights, MB": sum(f.stat().st_size for f in files if ".data-" in f.name) / 1e6,
             "with graphs, MB": sum(file.stat().st_size for file in files) / 1e6,
             **{f"{call}, ms": 1000 * statistics.median(times[name, call][10:]) for call in calls},
