@@ -9,7 +9,7 @@ from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
 from keras_moe.saving import load_weights, save_weights
 from keras_moe.serving import export_saved_model
 from keras_moe.sparse_moe import SparseMoE
-from keras_moe.surgery import grow, prune, upcycle
+from keras_moe.surgery import grow, prune, upcycle, used_experts
 
 __version__ = "0.1.0"
 
@@ -33,4 +33,5 @@ __all__ = [
     "prune",
     "save_weights",
     "upcycle",
+    "used_experts",
 ]

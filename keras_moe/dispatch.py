@@ -222,6 +222,21 @@ def rearrange(x, index, inverse, filled=None, kept=None):
     return gather(x)
 
 
+def as_batch(row):
+    """A row [1, D] as the result of a branch for one example, beside a branch for more.
+
+    TensorFlow's graph optimizer believes what the operations of either branch say about the shapes
+    of both (seen with 2.21). So none may imply that there is one example: the branch takes slices
+    of its inputs, and this takes a slice of the gradient.
+    """
+
+    @tf.custom_gradient
+    def call(row):
+        return tf.identity(row), lambda upstream: upstream[:1]
+
+    return call(row)
+
+
 def take(x, index, valid=None):
     """x[index] along the first axis, zeros where `valid` is `False` (whatever is in `x` there)."""
     taken = tf.gather(x, index)

@@ -156,7 +156,7 @@ class NoisyGating(Gating):
         # One more than K: the load asks for the threshold below the last choice.
         top_logits, top_index = ops.top_k(logits, min(k + 1, num_choices))
         chosen = top_logits[:, :k]
-        gates = softmax(chosen, competing=logits if k == 1 else chosen)
+        gates = softmax(chosen, competing=logits) if k == 1 else ops.softmax(chosen)
         chances = None
         if noise_logits is not None and k < num_choices:
             chances = losses.load(clean_logits, logits, stddev, top_logits)

@@ -1,16 +1,18 @@
 """The sparsely-gated mixture-of-experts layer."""
 
 import contextlib
+import functools
 import math
 
 import keras
 from keras import ops
 
-from keras_moe import dispatch, losses
+from keras_moe import dispatch, grouped, losses
 from keras_moe.arguments import check_capacity_factor, check_size, check_weight
 from keras_moe.distribute import collectives
 from keras_moe.distribute.exchange import on_their_replicas
 from keras_moe.distribute.global_capacity import drop_beyond
+from keras_moe.experts import takes_one_example
 from keras_moe.parts import (
     check_number,
     check_parallel,
@@ -248,30 +250,34 @@ class SparseMoE(keras.layers.Layer):
         check_routing(routing, self.num_experts)
         if self._record is not None:
             self._record(routing)
-        y, fraction_dropped = self._mix(examples, routing, training)
+        if self.expert_parallel and collectives.num_replicas() > 1:
+            y, fraction_dropped = self._combined_over_replicas(examples, routing, training)
+        elif training:
+            y, fraction_dropped = self._combined(examples, routing, training)
+        else:
+            y, fraction_dropped = self._served(examples, routing), None
         y = ops.cast(y, self.compute_dtype)
         if self.shared_experts is not None:
             y += self._call_shared_experts(examples, mask)
         self._add_balance(routing, fraction_dropped, training)
         return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
 
-    def _mix(self, examples, routing, training):
-        """The chosen experts' outputs, [T, D_out], and which fraction of the choices dropped."""
-        drop = bool(training) and self.capacity_factor is not None
-        if self.expert_parallel and collectives.num_replicas() > 1:
-            return self._mix_over_replicas(examples, routing, drop)
+    def _combined(self, examples, routing, training):
+        """Equation 1, and the part of the choices that was dropped, `None` where none may be."""
+        drop = self._drops(training)
         if drop:
             capacity = self._capacity(routing, ops.shape(examples)[0])
         else:
-            capacity = self._even_capacity()
+            capacity = self._even_capacity(training)
         plan = dispatch.make_plan(routing, self.num_experts, capacity, drop)
         rows = self._call_experts(dispatch.dispatch(examples, plan), plan)
         return dispatch.combine(rows, routing.gates, plan), plan.fraction_dropped
 
-    def _mix_over_replicas(self, examples, routing, drop):
-        """`_mix`, of the global batch: each replica's rows go where their experts are."""
+    def _combined_over_replicas(self, examples, routing, training):
+        """The same of the batch of all replicas: each one's rows go where their experts are."""
         collectives.check_can_communicate()
-        fraction_dropped, capacity, most = None, self._even_capacity(), None
+        fraction_dropped, most, drop = None, None, self._drops(training)
+        capacity = self._even_capacity(training)
         num_local = self.num_experts // collectives.num_replicas()
         if drop:
             num_examples = collectives.total_size(ops.shape(examples)[0])
@@ -288,8 +294,31 @@ class SparseMoE(keras.layers.Layer):
         )
         return dispatch.combine(rows, routing.gates, plan), fraction_dropped
 
-    def _even_capacity(self):
-        return getattr(self.experts, "even_capacity", 0)
+    def _served(self, examples, routing):
+        """The same outside training: a single example goes to its experts without any plan."""
+
+        def several():
+            return self._combined(examples, routing, training=False)[0]
+
+        def one():
+            gates, experts = routing.gates[0], routing.expert_index[0]
+            counts = gates > 0
+            rows = self.experts(examples[:1], experts=ops.where(counts, experts, 0))
+            rows = ops.where(counts[:, None], rows, ops.zeros((), rows.dtype))
+            return dispatch.as_batch(ops.matmul(ops.cast(gates[None], rows.dtype), rows))
+
+        k = routing.expert_index.shape[1]
+        if k is None or k > grouped.MOST_PIECES or not takes_one_example(self.experts):
+            return several()
+        return ops.cond(ops.shape(examples)[0] == 1, one, several)
+
+    def _drops(self, training):
+        return bool(training) and self.capacity_factor is not None
+
+    def _even_capacity(self, training):
+        if not hasattr(self.experts, "even_capacity"):
+            return 0
+        return functools.partial(self.experts.even_capacity, training=bool(training))
 
     def _capacity(self, routing, num_examples):
         # Of pairs the product; a gating of the user's own need not have the attribute.
@@ -404,7 +433,8 @@ class SparseMoE(keras.layers.Layer):
             )
         else:
             config["gating"] = keras.saving.serialize_keras_object(self.gating)
-        if not self._feed_forward:
+        # A bank in int8 can't be made by the arguments of this layer.
+        if not self._feed_forward or self.experts.quantization_mode is not None:
             return {**config, "experts": keras.saving.serialize_keras_object(self.experts)}
         bank = self.experts.get_config()
         return {**config, **{name: bank[name] for name in _FEED_FORWARD_ARGUMENTS}}
