@@ -1,6 +1,6 @@
 """The sparsely-gated mixture-of-experts layer of Shazeer et al. (2017) for Keras 3."""
 
-from keras_moe import callbacks, layers, losses, models, optimizers
+from keras_moe import callbacks, distribute, layers, losses, models, optimizers
 from keras_moe.balanced_gating import StrictlyBalancedGating
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
@@ -9,7 +9,7 @@ from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
 from keras_moe.saving import load_weights, save_weights
 from keras_moe.serving import export_saved_model
 from keras_moe.sparse_moe import SparseMoE
-from keras_moe.surgery import grow, prune, upcycle
+from keras_moe.surgery import grow, prune, upcycle, used_experts
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "SparseMoE",
     "StrictlyBalancedGating",
     "callbacks",
+    "distribute",
     "export_saved_model",
     "grow",
     "layers",
@@ -34,4 +35,5 @@ __all__ = [
     "prune",
     "save_weights",
     "upcycle",
+    "used_experts",
 ]

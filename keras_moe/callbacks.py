@@ -68,12 +68,7 @@ class ExpertLoadReport(keras.callbacks.Callback):
 
     def _report(self, step):
         mixtures = observation.mixtures(self.model)
-        load = {name: np.zeros(layer.num_experts) for name, layer in mixtures.items()}
-        for x in observation.batches(self.x):
-            for name, routings in observation.routings(self.model, x, mixtures).items():
-                for routing in routings:
-                    _, expert, _ = observation.choices(routing)
-                    load[name] += np.bincount(expert, minlength=len(load[name]))
+        load = observation.load(self.model, self.x, mixtures)
         # Under `record_if`, since the TensorBoard callback may have told others to write nothing.
         with self._writer.as_default(step), tf.summary.record_if(True):
             for name, rows in load.items():

@@ -79,7 +79,7 @@ def make_plan(routing, num_experts, capacity=0, drop=False):
     # Not `gates == 0`: an example with NaN gates reaches no expert either.
     expert = tf.where(routing.gates > 0, routing.expert_index, num_experts)
     expert = tf.reshape(tf.transpose(expert), [-1])  # all first choices, then all second ones, …
-    rank, counts = _ranks(expert, num_experts + 1)
+    rank, counts = ranks(expert, num_experts + 1)
     if callable(capacity):
         capacity = capacity(counts[:num_experts])
 
@@ -90,7 +90,7 @@ def make_plan(routing, num_experts, capacity=0, drop=False):
     num_places = num_experts * capacity
     if drop:
         num_rows, rows_per_expert, kept = num_places, None, _per_example(has_place, k)
-        fraction_dropped = _fraction(behind[:num_experts], counts[:num_experts])
+        fraction_dropped = fraction(behind[:num_experts], counts[:num_experts])
         row = tf.where(has_place, place, num_rows)  # One row more, for all that have none.
         position = tf.where(has_place, place, 0)
     else:
@@ -180,11 +180,11 @@ def collect(rows, plan):
     """Brings the rows back into the order of the choices.
 
     Args:
-        rows: Float tensor [R, D].
-        plan: A `Plan` that drops nothing.
+        rows: Float tensor [R, D] or [N, C, D], as `dispatch` laid them out.
+        plan: A `Plan`.
 
     Returns:
-        Float tensor [T·K, D]: row t·K + k is that of choice k of example t.
+        Float tensor [T·K, D]: row t·K + k is that of choice k of example t, zeros if it is dropped.
     """
 
     @tf.custom_gradient
@@ -192,9 +192,10 @@ def collect(rows, plan):
         def gradient(upstream):
             return _take_rows(upstream, plan.choice, plan)
 
-        return tf.gather(rows, tf.reshape(plan.position, [-1])), gradient
+        kept = None if plan.kept is None else tf.reshape(plan.kept, [-1])
+        return take(rows, tf.reshape(plan.position, [-1]), kept), gradient
 
-    return gather(rows)
+    return gather(tf.reshape(rows, [-1, rows.shape[-1]]))
 
 
 def rearrange(x, index, inverse, filled=None, kept=None):
@@ -219,6 +220,21 @@ def rearrange(x, index, inverse, filled=None, kept=None):
         return take(x, index, filled), gradient
 
     return gather(x)
+
+
+def as_batch(row):
+    """A row [1, D] as the result of a branch for one example, beside a branch for more.
+
+    TensorFlow's graph optimizer believes what the operations of either branch say about the shapes
+    of both (seen with 2.21). So none may imply that there is one example: the branch takes slices
+    of its inputs, and this takes a slice of the gradient.
+    """
+
+    @tf.custom_gradient
+    def call(row):
+        return tf.identity(row), lambda upstream: upstream[:1]
+
+    return call(row)
 
 
 def take(x, index, valid=None):
@@ -259,7 +275,7 @@ def _take_rows(x, index, plan):
     return tf.gather(tf.concat([x, zeros], axis=0), index)
 
 
-def _ranks(expert, num_experts):
+def ranks(expert, num_experts):
     """Of each row its number among the rows of its expert, and how many rows each expert has."""
     order, rows = tf.argsort(expert, stable=True), tf.shape(expert)
     # A `bincount` that XLA compiles, and an `invert_permutation` that it compiles whatever the
@@ -269,7 +285,7 @@ def _ranks(expert, num_experts):
     return place - tf.gather(tf.cumsum(counts, exclusive=True), expert), counts
 
 
-def _fraction(part, whole):
+def fraction(part, whole):
     """The sum of `part` over that of `whole`, 0 where there is nothing."""
     part, whole = (tf.cast(tf.reduce_sum(x), tf.float32) for x in (part, whole))
     return part / tf.maximum(whole, 1.0)

@@ -6,7 +6,9 @@ expert's belong to none and come back as zeros. Where every expert has C rows th
 with `rows` [N, C, D] alone and returns [N, C, output_dim].
 
 A bank with a method `even_capacity` gets both at once: C rows of each expert, C being the method's
-answer to the number of rows of each, and behind them those above C, sorted and counted as before.
+answer to the number of rows of each and to whether it is training, and behind them those above C,
+sorted and counted as before. A bank called with `experts` [K] in place of all these gets one
+example [1, D], and returns what each of these experts makes of it, [K, output_dim].
 """
 
 import inspect
@@ -17,7 +19,9 @@ from keras import ops
 
 from keras_moe import grouped
 from keras_moe.arguments import check_size
+from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.initializers import PerExpert
+from keras_moe.quantized import Int8Kernels
 from keras_moe.saving import CheckedVariables
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
@@ -35,8 +39,13 @@ def is_bank(layer):
     return "rows_per_expert" in inspect.signature(layer.call).parameters
 
 
+def takes_one_example(bank):
+    """Whether a bank can be called with one example and `experts`."""
+    return "experts" in inspect.signature(bank.call).parameters
+
+
 @keras.saving.register_keras_serializable("keras_moe")
-class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
+class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
     """Feed-forward experts (section 4 of the paper): hidden layers, then a linear output layer.
 
     Args:
@@ -58,25 +67,30 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         static_shapes: Whether to compute in shapes that the shape of `rows` alone determines, as
             XLA needs them: in blocks of rows, each with a copy of its expert's kernels, at up to
             twice the operations.
+        expert_parallel: Whether each replica of a `tf.distribute` strategy holds a part of the
+            experts. Inside a replica N stands for those.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Attributes:
         kernels: List of variables [N, D, F], …, [N, F, output_dim], one per layer of an expert.
             Those of a gated hidden layer have 2·F columns.
         biases: List of variables [N, F], …, [N, output_dim]; empty without `use_bias`.
+        scales: List of variables [N, 1, F], … by which products with kernels are divided; empty
+            unless `quantize("int8")` has made them.
 
     Call arguments:
         rows: Float tensor [M, D], sorted by expert, or [N, C, D].
         rows_per_expert: int32 [N], their sum at most M; `None` with [N, C, D].
         capacity: Integer or int32 scalar C: before the rows that are sorted and counted come C
             rows of each expert.
+        experts: int32 [K], K known, experts for each of which `rows` is the same example [1, D].
 
     Returns:
-        Float tensor [M, output_dim] or [N, C, output_dim] in the compute dtype.
+        Float tensor [M, output_dim], [N, C, output_dim] or [K, output_dim] in the compute dtype.
 
     Raises:
         ValueError: If `num_experts`, an entry of `hidden_units` or `output_dim` is not an integer
-            of at least 1.
+            of at least 1; in `build` if the replicas cannot hold as many experts each.
     """
 
     def __init__(
@@ -92,6 +106,7 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         bias_regularizer=None,
         recompute=False,
         static_shapes=False,
+        expert_parallel=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -107,21 +122,35 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.recompute = recompute
         self.static_shapes = static_shapes
+        self.expert_parallel = expert_parallel
         self.supports_jit = static_shapes
 
     def build(self, input_shape):
+        if not self.expert_parallel:
+            self._add_weights(input_shape)
+            return
+        with sharded_rows(self.num_experts):
+            self._add_weights(input_shape)
+        for variable in self.weights:
+            variable.regularizer = over_shards(variable.regularizer)
+
+    def _add_weights(self, input_shape):
         sizes = [input_shape[-1], *self.hidden_units, self.output_dim or input_shape[-1]]
-        self.kernels, self.biases = [], []
+        self.kernels, self.biases, self.scales = [], [], []
         for i, (width, units) in enumerate(zip(sizes, sizes[1:], strict=False)):
             halves = 2 if self._gated and i < len(self.hidden_units) else 1
-            self.kernels.append(
-                self.add_weight(
-                    name=f"kernel_{i}",
-                    shape=(self.num_experts, width, halves * units),
-                    initializer=PerExpert(self.kernel_initializer, i, halves),
-                    regularizer=self.kernel_regularizer,
+            name, shape = f"kernel_{i}", (self.num_experts, width, halves * units)
+            if self.quantization_mode is not None:
+                self.add_int8_kernel(name, shape)
+            else:
+                self.kernels.append(
+                    self.add_weight(
+                        name=name,
+                        shape=shape,
+                        initializer=PerExpert(self.kernel_initializer, i, halves),
+                        regularizer=self.kernel_regularizer,
+                    )
                 )
-            )
             if self.use_bias:
                 self.biases.append(
                     self.add_weight(
@@ -134,19 +163,23 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
         for variable in (*self.kernels, *self.biases):
             variable.expert_rank = len(variable.shape) - 1  # By it optimizers know them.
 
-    def even_capacity(self, rows_per_expert):
+    def even_capacity(self, rows_per_expert, training=True):
         """With how many places per expert a call is fastest, for these numbers of rows, int32 [N].
 
         See `grouped.even_capacity`.
         """
-        if self.static_shapes:
+        # A batch of kernels in int8 would convert those of all experts at the same time.
+        if self.static_shapes or self.scales:
             return 0
         size = sum(math.prod(weight.shape[1:]) for weight in self.weights)
-        return grouped.even_capacity(rows_per_expert, size)
+        return grouped.even_capacity(rows_per_expert, size, training)
 
-    def call(self, rows, rows_per_expert=None, capacity=0):
+    def call(self, rows, rows_per_expert=None, capacity=0, experts=None):
         # One row per expert's bias, so that it can be added to rows and to blocks of rows.
-        banks = [*self.kernels, *[ops.expand_dims(bias, axis=1) for bias in self.biases]]
+        biases = [ops.expand_dims(bias, axis=1) for bias in self.biases]
+        banks = [*self.kernels, *self.scales, *biases]
+        if experts is not None:
+            return grouped.one_example(self._feed_forward, rows, experts, banks)
         function = grouped.recomputed(self._feed_forward) if self.recompute else self._feed_forward
         if rows_per_expert is None:
             return function(rows, *banks)
@@ -154,11 +187,15 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
 
     def _feed_forward(self, rows, *parameters):
         """One expert on its rows [M, D], or G of them on theirs [G, M, D]."""
-        kernels, biases = parameters[: len(self.kernels)], parameters[len(self.kernels) :]
+        number = len(self.kernels)
+        kernels, others = parameters[:number], parameters[number:]
+        scales, biases = others[: len(self.scales)], others[len(self.scales) :]
         for i, kernel in enumerate(kernels):
             if i > 0:
                 rows = self._activate(rows)
             rows = _product(rows, kernel)
+            if scales:
+                rows /= scales[i]
             if biases:
                 rows += biases[i]
         return rows
@@ -194,6 +231,7 @@ class FeedForwardExperts(CheckedVariables, keras.layers.Layer):
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
             "recompute": self.recompute,
             "static_shapes": self.static_shapes,
+            "expert_parallel": self.expert_parallel,
         }
 
 

@@ -13,37 +13,42 @@ Up to 64 experts are computed piece by piece. With more, the graph is not to gro
 and the third way go together: what finds no place in the batch is computed alone. `even_capacity`
 is the rule that divides the work. It leaves a few rows, and the many rows of an expert far above
 the others, to the loop.
+
+One example alone needs none of that: `one_example` calls the functions of its K experts.
 """
 
 import tensorflow as tf
 
 from keras_moe.dispatch import rearrange, take
 
-_PIECES = 64  # the most experts to be computed piece by piece
+MOST_PIECES = 64  # the most experts to be computed piece by piece, each by operations of its own
 
 # What `even_capacity` counts with, measured on 2 cores with AVX-512, in rows: the time that one
 # row of an expert takes, that is P multiply-adds for an expert of P parameters.
 _READ = 50  # to read an expert's parameters and to write their gradient
 _ADD = 20  # to add the gradients of the loop to those of the batch, for every expert
 _TURN = 100, 2e7  # a turn of the loop: rows, and multiply-adds whatever the expert's size
+_TURN_FORWARD = 60, 4.5e6  # the same outside training, in the time of a row there
 
 
-def even_capacity(rows_per_expert, size):
+def even_capacity(rows_per_expert, size, training=True):
     """The number of places per expert with which `apply` is estimated to be fastest.
 
     Up to 64 experts need none: 0, an integer. With more and C > 0 the batch costs as much as
     N·(C + 50) rows. Each expert that has more than C rows costs as much as 100 rows more and 2·10⁷
-    multiply-adds, and all of them together as 20·N rows if there is a batch, too.
+    multiply-adds, and all of them together as 20·N rows if there is a batch, too. Without gradients
+    it is 60 rows and 4.5·10⁶ multiply-adds, and those 20·N rows are saved.
 
     Args:
         rows_per_expert: int32 [N].
         size: P.
+        training: Whether there will be gradients.
 
     Returns:
         Integer or int32 scalar, 0 or the number of rows of some expert.
     """
     num_experts = rows_per_expert.shape[0]
-    if num_experts <= _PIECES:
+    if num_experts <= MOST_PIECES:
         return 0
     # The candidates are the experts' numbers of rows, the largest first, and 0.
     rows = tf.concat([tf.sort(rows_per_expert, direction="DESCENDING"), [0]], axis=0)
@@ -51,8 +56,9 @@ def even_capacity(rows_per_expert, size):
     above = tf.cumsum(rows, exclusive=True) - alone * rows
     rows, alone, above = (tf.cast(x, tf.float32) for x in (rows, alone, above))
     batch = tf.where(rows > 0, num_experts * (rows + _READ), 0.0)
-    both = tf.where(tf.logical_and(rows > 0, alone > 0), float(num_experts * _ADD), 0.0)
-    loop = alone * (_TURN[0] + _TURN[1] / size) + above
+    turn, add = (_TURN, _ADD) if training else (_TURN_FORWARD, 0)
+    both = tf.where(tf.logical_and(rows > 0, alone > 0), float(num_experts * add), 0.0)
+    loop = alone * (turn[0] + turn[1] / size) + above
     return tf.cast(tf.gather(rows, tf.argmin(batch + both + loop)), tf.int32)
 
 
@@ -75,9 +81,47 @@ def apply(function, rows, rows_per_expert, banks, capacity=0, static_shapes=Fals
     banks = [tf.convert_to_tensor(bank) for bank in banks]
     if static_shapes:
         return _block_by_block(function, rows, rows_per_expert, banks)
-    if isinstance(capacity, int) and capacity == 0 and rows_per_expert.shape[0] <= _PIECES:
+    if isinstance(capacity, int) and capacity == 0 and rows_per_expert.shape[0] <= MOST_PIECES:
         return _piece_by_piece(function, rows, rows_per_expert, banks)
     return _batched_and_alone(function, rows, rows_per_expert, banks, capacity)
+
+
+def one_example(function, x, experts, banks):
+    """Applies several experts' functions to one example: nothing is sorted, padded or copied.
+
+    Args:
+        function: As in `apply`.
+        x: Float tensor [1, D].
+        experts: int32 [K], K known.
+        banks: As in `apply`.
+
+    Returns:
+        Float tensor [K, width].
+    """
+
+    @tf.custom_gradient
+    def call(x, *banks):
+        parameters = [[bank[i] for bank in banks] for i in tf.unstack(experts)]
+
+        def results(x, parameters):
+            return tf.concat([function(x, *expert) for expert in parameters], axis=0)
+
+        def gradient(upstream):
+            with tf.GradientTape() as tape:
+                tape.watch([x, parameters])
+                y = results(x, parameters)
+            of_x, of_experts = tape.gradient(
+                y, [x, parameters], upstream, unconnected_gradients="zero"
+            )
+            of_banks = [
+                tf.tensor_scatter_nd_add(tf.zeros_like(bank), experts[:, None], tf.stack(theirs))
+                for bank, theirs in zip(banks, zip(*of_experts, strict=True), strict=True)
+            ]
+            return of_x, *of_banks
+
+        return results(x, parameters), gradient
+
+    return call(x, *map(tf.convert_to_tensor, banks))
 
 
 def recomputed(function):
@@ -172,7 +216,7 @@ def _batched_and_alone(function, rows, rows_per_expert, banks, capacity):
     def call(rows, *banks):
         batch, others = batch_of(rows), rows[num_places:]
         with tf.GradientTape() as tape:
-            tape.watch([batch, *banks])
+            tape.watch([batch, *(bank for bank in banks if bank.dtype.is_floating)])
             y_batch = function(batch, *banks)
         y_others, gradient_alone = _alone(
             function, others, rows_per_expert, banks, y_batch.shape[-1]

@@ -5,6 +5,7 @@ picks among that group's experts. To dispatch, experts and combine that is a rou
 other: expert j of group i is the leaf i·B + j of A·B.
 """
 
+import functools
 import math
 
 import keras
@@ -12,6 +13,9 @@ from keras import ops
 
 from keras_moe import dispatch, grouped, losses
 from keras_moe.arguments import as_pair, check_size
+from keras_moe.distribute import collectives
+from keras_moe.distribute.exchange import on_their_replicas
+from keras_moe.distribute.sharded_variable import sharded_rows
 from keras_moe.parts import check_gating, check_number
 from keras_moe.routing import NoisyGating, Routing, make_routing
 from keras_moe.sparse_moe import SparseMoE
@@ -61,7 +65,8 @@ class HierarchicalGating(NoisyGating):
 
     Raises:
         ValueError: If a size is below 1, `k` is not a pair of integers within the sizes, or
-            `noise_epsilon` is not above 0.
+            `noise_epsilon` is not above 0; in `build` if the replicas cannot hold as many groups
+            each.
     """
 
     unit = "groups"
@@ -75,6 +80,7 @@ class HierarchicalGating(NoisyGating):
         noise_epsilon=1e-2,
         seed=None,
         static_shapes=False,
+        expert_parallel=False,
         **kwargs,
     ):
         num_groups = check_size("num_groups", num_groups)
@@ -91,16 +97,23 @@ class HierarchicalGating(NoisyGating):
         self.experts_per_group = experts_per_group
         self.k = k
         self.static_shapes = static_shapes
+        self.expert_parallel = expert_parallel
         self.supports_jit = static_shapes
 
     def build(self, input_shape):
         primary = (input_shape[-1], self.num_groups)
         secondary = (self.num_groups, input_shape[-1], self.experts_per_group)
         self.primary = self.add_kernel("primary", *primary)
-        self.secondary = self.add_kernel("secondary", *secondary)
+        self.secondary = self._add_secondary("secondary", *secondary)
         if self.noise:
             self.primary_noise = self.add_kernel("primary_noise", *primary)
-            self.secondary_noise = self.add_kernel("secondary_noise", *secondary)
+            self.secondary_noise = self._add_secondary("secondary_noise", *secondary)
+
+    def _add_secondary(self, name, *shape):
+        if not self.expert_parallel:
+            return self.add_kernel(name, *shape)
+        with sharded_rows(self.num_groups, "groups"):
+            return self.add_kernel(name, *shape)
 
     def call(self, x, training=None, mask=None):
         noisy = training and self.noise
@@ -114,21 +127,25 @@ class HierarchicalGating(NoisyGating):
         primary = make_routing(group, gates, self.num_groups, mask, chances)
 
         # From here on there is one row for each choice of a group: T·K_primary.
-        plan = dispatch.make_plan(primary, self.num_groups, self._even_capacity)
-        rows = dispatch.dispatch(x, plan)
-        logits = self._multiply(rows, self.secondary, plan)
+        even_capacity = functools.partial(self._even_capacity, training=bool(training))
+        kernels = [self.secondary, self.secondary_noise] if noisy else [self.secondary]
+        logits, *noise_logits = self._multiply(x, kernels, primary, even_capacity)
         self.add_router_z_loss(logits, ops.reshape(primary.gates > 0, (-1,)))
         member, gates, chances = self.choose(
             self.k[1],
             logits,
-            self._multiply(rows, self.secondary_noise, plan) if noisy else None,
+            noise_logits[0] if noisy else None,
         )
         leaf = ops.reshape(group, (-1, 1)) * self.experts_per_group + member
         gates *= ops.reshape(primary.gates, (-1, 1))
 
         secondary_load = self._secondary_load(primary, leaf, gates, chances)
         received = losses.hard_load(primary.gates, group, self.num_groups)  # |X⁽ⁱ⁾|
-        share = primary.load / ops.maximum(received, 1.0)
+        # Of the batch of all replicas: so the loads of all replicas add up to that batch's load.
+        primary_load, received = ops.unstack(
+            collectives.all_sum(ops.stack([primary.load, received]))
+        )
+        share = primary_load / ops.maximum(received, 1.0)
         per_example = (-1, self.k[0] * self.k[1])
         return Routing(
             expert_index=ops.reshape(leaf, per_example),
@@ -137,17 +154,34 @@ class HierarchicalGating(NoisyGating):
             load=ops.reshape(share[:, None] * secondary_load, (-1,)),
         )
 
-    def _even_capacity(self, rows_per_group):
+    def _even_capacity(self, rows_per_group, training):
         if self.static_shapes:
             return 0
-        return grouped.even_capacity(rows_per_group, math.prod(self.secondary.shape[1:]))
+        return grouped.even_capacity(rows_per_group, math.prod(self.secondary.shape[1:]), training)
 
-    def _multiply(self, rows, kernels, plan):
-        """Each row times the kernel of its group: [T·K_primary, B], in order of the choices."""
-        products = grouped.apply(
-            ops.matmul, rows, plan.rows_per_expert, [kernels], plan.capacity, self.static_shapes
+    def _multiply(self, x, kernels, primary, even_capacity):
+        """Each example times the kernels of its groups: of each [T·K_primary, B], by choices."""
+
+        def products(rows, plan):
+            counts, shapes = plan.rows_per_expert, (plan.capacity, self.static_shapes)
+            return [
+                grouped.apply(ops.matmul, rows, counts, [kernel], *shapes) for kernel in kernels
+            ]
+
+        if not self.expert_parallel or collectives.num_replicas() == 1:
+            plan = dispatch.make_plan(primary, self.num_groups, even_capacity)
+            rows = products(dispatch.dispatch(x, plan), plan)
+            return [dispatch.collect(part, plan) for part in rows]
+        collectives.check_can_communicate()
+        num_local = self.num_groups // collectives.num_replicas()
+        plan = dispatch.make_plan(primary, self.num_groups)
+        rows = on_their_replicas(
+            lambda rows, plan: ops.concatenate(products(rows, plan), axis=-1),
+            dispatch.dispatch(x, plan),
+            plan.rows_per_expert,
+            lambda routing: dispatch.make_plan(routing, num_local, even_capacity),
         )
-        return dispatch.collect(products, plan)
+        return ops.split(dispatch.collect(rows, plan), len(kernels), axis=-1)
 
     def _secondary_load(self, primary, leaf, gates, chances):
         """Load_i(X⁽ⁱ⁾)_j of each group i and its expert j, [A, B]."""
@@ -174,6 +208,7 @@ class HierarchicalGating(NoisyGating):
             "experts_per_group": self.experts_per_group,
             "k": self.k,
             "static_shapes": self.static_shapes,
+            "expert_parallel": self.expert_parallel,
             **config,
         }
 
@@ -234,6 +269,7 @@ class HierarchicalMoE(SparseMoE):
                 **sizes,
                 k=k,
                 static_shapes=self.capacity_factor is not None,
+                expert_parallel=self.expert_parallel,
                 router_z_loss_weight=self.router_z_loss_weight,
                 seed=self.seed,
                 name="gating",

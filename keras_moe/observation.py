@@ -51,6 +51,17 @@ def routings(model, x, mixtures):
     return routings
 
 
+def load(model, x, mixtures):
+    """How many rows each expert gets from a batch or batches: dict from names to arrays [N]."""
+    load = {name: np.zeros(layer.num_experts) for name, layer in mixtures.items()}
+    for batch in batches(x):
+        for name, found in routings(model, batch, mixtures).items():
+            for routing in found:
+                _, expert, _ = choices(routing)
+                load[name] += np.bincount(expert, minlength=len(load[name]))
+    return load
+
+
 def choices(routing):
     """Arrays (example, expert, gate) of the choices that reach an expert."""
     gates = np.array(routing.gates)

@@ -89,10 +89,13 @@ class FactoredAdam(keras.optimizers.Optimizer):
         else:
             shapes = {"row_means": shape[:-1], "column_means": (*shape[:-2], shape[-1])}
         prefix = re.sub("[/:]", "_", path)
-        return {
-            name: self.add_variable(shape, dtype=_slot_dtype(variable), name=f"{prefix}_{name}")
-            for name, shape in shapes.items()
-        }
+        # Held where the variable is, so that of experts in shards the slots are in shards as well.
+        beside = variable.value if isinstance(variable, keras.Variable) else variable
+        with tf.distribute.get_strategy().extended.colocate_vars_with(beside):
+            return {
+                name: self.add_variable(shape, dtype=_slot_dtype(variable), name=f"{prefix}_{name}")
+                for name, shape in shapes.items()
+            }
 
     def _is_of_experts(self, variable, path):
         if self.expert_parameters is None:

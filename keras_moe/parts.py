@@ -43,7 +43,9 @@ def check_gating(gating, names, router_z_loss_weight):
     return gating
 
 
-def make_experts(experts, num_experts, hidden_units, options, static_shapes, dtype):
+def make_experts(
+    experts, num_experts, hidden_units, options, static_shapes, expert_parallel, dtype
+):
     """Returns the bank of experts: feed-forward ones, clones of a layer, or a bank as it is.
 
     Args:
@@ -52,6 +54,7 @@ def make_experts(experts, num_experts, hidden_units, options, static_shapes, dty
         hidden_units: Hidden units of feed-forward experts.
         options: All other arguments of feed-forward experts, by name.
         static_shapes: Whether the shapes of feed-forward experts must not depend on the data.
+        expert_parallel: Whether each replica holds a part of the experts.
         dtype: The dtype policy.
 
     Raises:
@@ -65,7 +68,12 @@ def make_experts(experts, num_experts, hidden_units, options, static_shapes, dty
     common = {"dtype": dtype, "name": "experts"}
     if experts is None:
         return FeedForwardExperts(
-            num_experts, hidden_units, **options, static_shapes=static_shapes, **common
+            num_experts,
+            hidden_units,
+            **options,
+            static_shapes=static_shapes,
+            expert_parallel=expert_parallel,
+            **common,
         )
     if not isinstance(experts, keras.layers.Layer):
         raise ValueError(
@@ -79,7 +87,16 @@ def make_experts(experts, num_experts, hidden_units, options, static_shapes, dty
             "These arguments describe feed-forward experts; experts of your own have to be given "
             f"them themselves. Received, beside `experts`: {', '.join(idle)}"
         )
-    return experts if is_bank(experts) else LayerExperts(num_experts, experts, **common)
+    if not is_bank(experts):
+        experts = LayerExperts(num_experts, experts, **common)
+    if getattr(experts, "expert_parallel", False) != expert_parallel:
+        raise ValueError(
+            "With `expert_parallel=True` a bank of your own has to be made with it, too; and "
+            "`LayerExperts`, of which every expert is a layer, can't be divided among replicas. "
+            f"Received: expert_parallel={expert_parallel}, and the bank {experts.name!r}, a "
+            f"{type(experts).__name__} with expert_parallel={not expert_parallel}"
+        )
+    return experts
 
 
 def make_shared_experts(bank, number):
@@ -87,6 +104,8 @@ def make_shared_experts(bank, number):
     if number == 0:
         return None
     config = {**bank.get_config(), "num_experts": number, "name": "shared_experts"}
+    if "expert_parallel" in config:
+        config["expert_parallel"] = False  # Every replica's examples need all of them.
     return type(bank).from_config(config)
 
 
@@ -96,4 +115,14 @@ def check_number(part, name, number):
         raise ValueError(
             f"The layer and its part {part.name!r} must have the same `{name}`. Received: "
             f"`{name}={number}`, and a part made for {getattr(part, name)}"
+        )
+
+
+def check_parallel(gating):
+    """Raises ValueError for a gating that would have to see the examples of all replicas."""
+    if isinstance(gating, StrictlyBalancedGating):
+        raise ValueError(
+            "Strictly balanced gating takes the best examples of a whole batch, which no replica "
+            "sees; leave out `expert_parallel`, or take another gating. Received: "
+            f"expert_parallel=True, gating {gating.name!r}"
         )

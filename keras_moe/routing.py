@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.arguments import check_k, check_positive, check_size, check_weight
+from keras_moe.distribute.noise import ReplicaSeedGenerator
 from keras_moe.saving import CheckedVariables
 
 
@@ -129,7 +130,7 @@ class NoisyGating(Gating):
         self.noise_epsilon = check_positive("noise_epsilon", noise_epsilon)
         self.seed = seed
         if noise:
-            self.seed_generator = keras.random.SeedGenerator(seed)
+            self.seed_generator = ReplicaSeedGenerator(seed)
 
     def choose(self, k, logits, noise_logits=None):
         """Picks the K largest of the noisy logits (equations 3 to 5, 8 and 9).
@@ -155,7 +156,7 @@ class NoisyGating(Gating):
         # One more than K: the load asks for the threshold below the last choice.
         top_logits, top_index = ops.top_k(logits, min(k + 1, num_choices))
         chosen = top_logits[:, :k]
-        gates = softmax(chosen, competing=logits if k == 1 else chosen)
+        gates = softmax(chosen, competing=logits) if k == 1 else ops.softmax(chosen)
         chances = None
         if noise_logits is not None and k < num_choices:
             chances = losses.load(clean_logits, logits, stddev, top_logits)

@@ -1,14 +1,25 @@
 """The sparsely-gated mixture-of-experts layer."""
 
 import contextlib
+import functools
 import math
 
 import keras
 from keras import ops
 
-from keras_moe import dispatch, losses
+from keras_moe import dispatch, grouped, losses
 from keras_moe.arguments import check_capacity_factor, check_size, check_weight
-from keras_moe.parts import check_number, make_experts, make_gating, make_shared_experts
+from keras_moe.distribute import collectives
+from keras_moe.distribute.exchange import on_their_replicas
+from keras_moe.distribute.global_capacity import drop_beyond
+from keras_moe.experts import takes_one_example
+from keras_moe.parts import (
+    check_number,
+    check_parallel,
+    make_experts,
+    make_gating,
+    make_shared_experts,
+)
 from keras_moe.routing import check_routing
 
 
@@ -72,6 +83,10 @@ class SparseMoE(keras.layers.Layer):
             drops nothing anywhere.
         recompute: Whether the backward pass computes the experts' hidden activations again instead
             of storing them (appendix D): memory for time.
+        expert_parallel: Whether each of the R replicas of a `tf.distribute` strategy holds N/R of
+            the experts, and all send each other the rows for them (section 3.1). Wrap the optimizer
+            by `distribute.ExpertParallel`. Everything but the experts is mirrored; without a
+            strategy nothing changes. Experts of your own: a bank made with `expert_parallel`.
         kernel_initializer: Initializer of each expert's kernels.
         bias_initializer: Initializer of each expert's biases.
         kernel_regularizer: Regularizer of the experts' kernels.
@@ -121,6 +136,7 @@ class SparseMoE(keras.layers.Layer):
         router_z_loss_weight=0.0,
         capacity_factor=None,
         recompute=False,
+        expert_parallel=False,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         kernel_regularizer=None,
@@ -137,6 +153,7 @@ class SparseMoE(keras.layers.Layer):
         self.router_z_loss_weight = check_weight("router_z_loss_weight", router_z_loss_weight)
         self.num_shared_experts = check_size("num_shared_experts", num_shared_experts, least=0)
         self.capacity_factor = check_capacity_factor(capacity_factor)
+        self.expert_parallel = expert_parallel
         self.seed = seed
         self.supports_masking = True
 
@@ -160,10 +177,13 @@ class SparseMoE(keras.layers.Layer):
                 "recompute": recompute,
             },
             static_shapes=self.capacity_factor is not None,
+            expert_parallel=self.expert_parallel,
             dtype=self.dtype_policy,
         )
         for part in (self.gating, self.experts):
             check_number(part, "num_experts", self.num_experts)
+        if self.expert_parallel:
+            check_parallel(self.gating)
         self.shared_experts = make_shared_experts(self.experts, self.num_shared_experts)
         self.supports_jit = self.gating.supports_jit and self.experts.supports_jit
 
@@ -230,24 +250,81 @@ class SparseMoE(keras.layers.Layer):
         check_routing(routing, self.num_experts)
         if self._record is not None:
             self._record(routing)
-        plan = self._plan(routing, training)
-        rows = self._call_experts(dispatch.dispatch(examples, plan), plan)
-        y = ops.cast(dispatch.combine(rows, routing.gates, plan), self.compute_dtype)
+        if self.expert_parallel and collectives.num_replicas() > 1:
+            y, fraction_dropped = self._combined_over_replicas(examples, routing, training)
+        elif training:
+            y, fraction_dropped = self._combined(examples, routing, training)
+        else:
+            y, fraction_dropped = self._served(examples, routing), None
+        y = ops.cast(y, self.compute_dtype)
         if self.shared_experts is not None:
             y += self._call_shared_experts(examples, mask)
-        self._add_balance(routing, plan, training)
+        self._add_balance(routing, fraction_dropped, training)
         return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
 
-    def _plan(self, routing, training):
-        if self.capacity_factor is None or not training:
-            even_capacity = getattr(self.experts, "even_capacity", 0)
-            return dispatch.make_plan(routing, self.num_experts, even_capacity)
-        num_examples, k = ops.shape(routing.expert_index)
+    def _combined(self, examples, routing, training):
+        """Equation 1, and the part of the choices that was dropped, `None` where none may be."""
+        drop = self._drops(training)
+        if drop:
+            capacity = self._capacity(routing, ops.shape(examples)[0])
+        else:
+            capacity = self._even_capacity(training)
+        plan = dispatch.make_plan(routing, self.num_experts, capacity, drop)
+        rows = self._call_experts(dispatch.dispatch(examples, plan), plan)
+        return dispatch.combine(rows, routing.gates, plan), plan.fraction_dropped
+
+    def _combined_over_replicas(self, examples, routing, training):
+        """The same of the batch of all replicas: each one's rows go where their experts are."""
+        collectives.check_can_communicate()
+        fraction_dropped, most, drop = None, None, self._drops(training)
+        capacity = self._even_capacity(training)
+        num_local = self.num_experts // collectives.num_replicas()
+        if drop:
+            num_examples = collectives.total_size(ops.shape(examples)[0])
+            capacity = self._capacity(routing, num_examples)
+            most = num_local * capacity
+            routing, fraction_dropped = drop_beyond(capacity, routing, self.num_experts)
+        plan = dispatch.make_plan(routing, self.num_experts)
+        rows = on_their_replicas(
+            self._call_experts,
+            dispatch.dispatch(examples, plan),
+            plan.rows_per_expert,
+            lambda received: dispatch.make_plan(received, num_local, capacity, drop),
+            most,
+        )
+        return dispatch.combine(rows, routing.gates, plan), fraction_dropped
+
+    def _served(self, examples, routing):
+        """The same outside training: a single example goes to its experts without any plan."""
+
+        def several():
+            return self._combined(examples, routing, training=False)[0]
+
+        def one():
+            gates, experts = routing.gates[0], routing.expert_index[0]
+            counts = gates > 0
+            rows = self.experts(examples[:1], experts=ops.where(counts, experts, 0))
+            rows = ops.where(counts[:, None], rows, ops.zeros((), rows.dtype))
+            return dispatch.as_batch(ops.matmul(ops.cast(gates[None], rows.dtype), rows))
+
+        k = routing.expert_index.shape[1]
+        if k is None or k > grouped.MOST_PIECES or not takes_one_example(self.experts):
+            return several()
+        return ops.cond(ops.shape(examples)[0] == 1, one, several)
+
+    def _drops(self, training):
+        return bool(training) and self.capacity_factor is not None
+
+    def _even_capacity(self, training):
+        if not hasattr(self.experts, "even_capacity"):
+            return 0
+        return functools.partial(self.experts.even_capacity, training=bool(training))
+
+    def _capacity(self, routing, num_examples):
         # Of pairs the product; a gating of the user's own need not have the attribute.
-        k = getattr(self.gating, "k", k)
+        k = getattr(self.gating, "k", ops.shape(routing.expert_index)[1])
         k = math.prod(k) if isinstance(k, (tuple, list)) else k
-        capacity = dispatch.expert_capacity(self.capacity_factor, k, num_examples, self.num_experts)
-        return dispatch.make_plan(routing, self.num_experts, capacity, drop=True)
+        return dispatch.expert_capacity(self.capacity_factor, k, num_examples, self.num_experts)
 
     def _call_experts(self, rows, plan):
         if plan.rows_per_expert is None:
@@ -320,18 +397,20 @@ class SparseMoE(keras.layers.Layer):
         # A zero in place of a NaN: 0·NaN would carry it into the gradients.
         return ops.where(mask[:, None], x_flat, ops.zeros_like(x_flat)), mask
 
-    def _add_balance(self, routing, plan, training):
-        cv2_importance = losses.cv_squared(routing.importance)
-        cv2_load = losses.cv_squared(routing.load)
+    def _add_balance(self, routing, fraction_dropped, training):
+        # The balance of the batch of all replicas: the mean of theirs would be another (a square).
+        balance = ops.stack([routing.importance, routing.load])
+        importance, load = ops.unstack(collectives.all_sum(balance))
+        cv2_importance, cv2_load = losses.cv_squared(importance), losses.cv_squared(load)
         self.add_loss(losses.in_floatx(self.importance_loss_weight * cv2_importance))
         self.add_loss(losses.in_floatx(self.load_loss_weight * cv2_load))
         if training is None:
             return  # A bare call or `model.export`; `fit`, `evaluate` and `predict` say which.
         self._balance["cv_importance"].update_state(ops.sqrt(cv2_importance))
         self._balance["cv_load"].update_state(ops.sqrt(cv2_load))
-        self._balance["max_over_mean_load"].update_state(losses.max_over_mean(routing.load))
-        if plan.fraction_dropped is not None:
-            self._balance["fraction_dropped"].update_state(plan.fraction_dropped)
+        self._balance["max_over_mean_load"].update_state(losses.max_over_mean(load))
+        if fraction_dropped is not None:
+            self._balance["fraction_dropped"].update_state(fraction_dropped)
 
     def compute_output_shape(self, input_shape):
         width = self.experts.compute_output_shape((None, input_shape[-1]))[-1]
@@ -345,6 +424,7 @@ class SparseMoE(keras.layers.Layer):
             "load_loss_weight": self.load_loss_weight,
             "num_shared_experts": self.num_shared_experts,
             "capacity_factor": self.capacity_factor,
+            "expert_parallel": self.expert_parallel,
             "seed": self.seed,
         }
         if self._gating_name:
@@ -353,7 +433,8 @@ class SparseMoE(keras.layers.Layer):
             )
         else:
             config["gating"] = keras.saving.serialize_keras_object(self.gating)
-        if not self._feed_forward:
+        # A bank in int8 can't be made by the arguments of this layer.
+        if not self._feed_forward or self.experts.quantization_mode is not None:
             return {**config, "experts": keras.saving.serialize_keras_object(self.experts)}
         bank = self.experts.get_config()
         return {**config, **{name: bank[name] for name in _FEED_FORWARD_ARGUMENTS}}

@@ -8,9 +8,11 @@ not, so compile the model that the new layer goes into anew.
 import operator
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_moe.arguments import check_size
+from keras_moe import observation
+from keras_moe.arguments import check_size, check_weight
 from keras_moe.hierarchical_moe import HierarchicalMoE
 from keras_moe.sparse_moe import SparseMoE
 
@@ -128,11 +130,11 @@ def prune(layer, keep, k=None):
     softmax gating, the gate of an expert is its share among all experts, so that it grows with
     every expert that is left out.
 
-    Example, which keeps the 8 experts with the largest load:
+    Example, which keeps the experts that held-out data uses:
     ```python
     moe = model.get_layer("moe")
-    load = np.array(moe.route(x).load)
-    pruned = keras_moe.prune(moe, keep=np.argsort(load)[-8:])
+    used = keras_moe.used_experts(model, x_val)
+    pruned = keras_moe.prune(moe, keep=used["moe"])
     model = keras.models.clone_model(
         model, clone_function=lambda old: pruned if old is moe else old
     )
@@ -164,6 +166,36 @@ def prune(layer, keep, k=None):
             f"to {units - 1}, each once, at least one of them. Received: keep={keep!r}"
         )
     return _rebuilt(layer, indices, k)
+
+
+def used_experts(model, x, min_share=0.0):
+    """Finds the experts of a model that some data use, for `prune` to keep.
+
+    Args:
+        model: A built model.
+        x: One batch, as the model takes it, or batches as in `callbacks.ExpertLoadReport`; no
+            labels are needed.
+        min_share: An expert counts as used if it gets more than this part of the even share of
+            rows, K·T/N. 0: if it gets any.
+
+    Returns:
+        Dict from the name of each `SparseMoE` to an integer array, the used experts in order of
+        index; of a `HierarchicalMoE` the groups with a used expert. Where a model calls a layer
+        several times, its calls are summed.
+
+    Raises:
+        ValueError: If the model has no `SparseMoE`, `min_share` is negative, or `x` can be read
+            only once or never ends.
+    """
+    check_weight("min_share", min_share)
+    mixtures = observation.mixtures(model)
+    loads = observation.load(model, observation.check_batches(x), mixtures)
+    used = {}
+    for name, load in loads.items():
+        _, unit_size = _units(mixtures[name])
+        units = (load > min_share * load.mean()).reshape(-1, unit_size)
+        used[name] = np.flatnonzero(units.any(axis=1))
+    return used
 
 
 def _check_chain(layers):

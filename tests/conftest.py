@@ -3,6 +3,12 @@
 import gc
 
 import pytest
+import tensorflow as tf
+
+# For strategies with several replicas. There is no way to have more once TensorFlow has started.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 8
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

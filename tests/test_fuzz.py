@@ -201,7 +201,7 @@ def oracle(case, layer, x, mask, *, training):
 def test_nothing_that_the_arguments_allow_breaks_a_layer(case, training, places):
     layer = layer_of(case)
     # Such small experts would always be computed in one batch.
-    rule = grouped.even_capacity if places is None else lambda *_: tf.constant(places)
+    rule = grouped.even_capacity if places is None else lambda *_, **__: tf.constant(places)
     x = tf.cast(case.x, layer.compute_dtype)
     mask = None if case.mask is None else case.mask.reshape(-1)
     counted = np.ones(len(case.sound), bool) if mask is None else mask

@@ -81,8 +81,28 @@ def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(rows_per_expe
 )
 def test_even_capacity_weighs_the_batch_against_the_loop(rows_per_expert, capacity, monkeypatch):
     assert grouped.even_capacity(tf.constant(rows_per_expert), 1_000_000) == 0  # so few experts
-    monkeypatch.setattr(grouped, "_PIECES", 3)
+    monkeypatch.setattr(grouped, "MOST_PIECES", 3)
     assert grouped.even_capacity(tf.constant(rows_per_expert), 1_000_000) == capacity
+
+
+@pytest.mark.parametrize(
+    ("rows_per_expert", "capacity"),
+    [
+        # P = 10⁶, so a turn costs 60 + 4.5·10⁶/10⁶ = 64.5 rows. Three turns, 193.5 and the 3 rows,
+        # against 4·(1 + 50) = 204 in a batch.
+        ([1, 1, 0, 1], 0),
+        # Even: four turns, 258 and 40, against 4·(10 + 50) = 240.
+        ([10, 10, 10, 10], 10),
+        # Six turns, 387 and 245, against 6·(9 + 50) = 354 and one turn, 64.5 and 191.
+        ([9, 9, 9, 200, 9, 9], 9),
+    ],
+)
+def test_even_capacity_finds_the_loop_cheaper_without_gradients(
+    rows_per_expert, capacity, monkeypatch
+):
+    monkeypatch.setattr(grouped, "MOST_PIECES", 3)
+    rows = tf.constant(rows_per_expert)
+    assert grouped.even_capacity(rows, 1_000_000, training=False) == capacity
 
 
 def test_blocks_cost_at_most_twice_the_rows():

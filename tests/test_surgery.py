@@ -57,7 +57,7 @@ def assert_trains_saves_and_loads(layer, tmp_path):
 def run_example(function, model):
     """Runs the example of a docstring and returns what it makes of the model."""
     code = function.__doc__.split("```python\n")[1].split("```")[0]
-    names = {"model": model, "keras_moe": keras_moe, "keras": keras, "np": np, "x": X}
+    names = {"model": model, "keras_moe": keras_moe, "keras": keras, "np": np, "x_val": X}
     exec(textwrap.dedent(code), names)
     return names["model"]
 
@@ -266,6 +266,32 @@ def test_experts_never_chosen_can_go(layer, keep):
     assert_same(arrays(layer), before)
 
 
+def test_used_experts_are_those_with_more_than_a_share_of_the_even_load():
+    layer = trained(SparseMoE(4, 8, k=1, name="moe"))
+    # Each example goes to the expert of its largest feature: 6, 3, 1 and 0 of 10.
+    layer.gating.gate_kernel.assign(np.eye(WIDTH, 4))
+    x = np.eye(WIDTH, dtype="float32")[[0] * 6 + [1] * 3 + [2]]
+    model = keras.Sequential([keras.Input((WIDTH,)), layer])
+    # The even share is 2.5.
+    for min_share, expected in ((0, [0, 1, 2]), (0.4, [0, 1]), (0.5, [0, 1]), (1.3, [0])):
+        for data in (x, [x[:5], (x[5:], np.zeros(5))]):
+            used = keras_moe.used_experts(model, data, min_share)
+            assert list(used) == ["moe"] and used["moe"].tolist() == expected
+    pruned = keras_moe.prune(layer, keras_moe.used_experts(model, x)["moe"])
+    assert pruned.num_experts == 3
+    for arguments, message in (((x, -1), "min_share"), ((iter([x]),), "read once")):
+        with pytest.raises(ValueError, match=message):
+            keras_moe.used_experts(model, *arguments)
+
+
+def test_a_group_is_used_by_any_of_its_experts():
+    layer = trained(HierarchicalMoE(3, 2, 8, k=(1, 1), name="moe"))
+    layer.gating.primary.assign(np.eye(WIDTH, 3))
+    model = keras.Sequential([keras.Input((WIDTH,)), layer])
+    x = np.eye(WIDTH, dtype="float32")[[0, 2, 2]]
+    assert keras_moe.used_experts(model, x)["moe"].tolist() == [0, 2]
+
+
 def test_groups_never_chosen_can_go():
     layer = trained(HierarchicalMoE(4, 2, 8, k=(2, 1)))
     x = np.abs(X)
@@ -445,7 +471,10 @@ def test_the_examples_of_grow_and_prune_run(functional):
     grown = run_example(keras_moe.grow, model)
     assert (grown.get_layer("moe").num_experts, grown.get_layer("moe").k) == (20, 4)
     np.testing.assert_allclose(grown(X), model(X), rtol=1e-5, atol=1e-5)
+    layer.gating.gate_kernel.assign(np.eye(WIDTH, 10))  # Those without a feature win no example.
     pruned = run_example(keras_moe.prune, model)
-    assert pruned.get_layer("moe").num_experts == 8
+    used = np.unique(layer.route(X).expert_index)
+    assert pruned.get_layer("moe").num_experts == len(used) < 10
+    np.testing.assert_allclose(pruned(X), model(X), rtol=1e-5, atol=1e-5)
     assert pruned.layers[-1] is model.layers[-1]
     assert pruned(X).shape == (50, 2)

@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from keras_moe.distribute.sharded_variable import ShardedVariable
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.sparse_moe import SparseMoE
 
@@ -12,8 +13,8 @@ class StoredWeights:
 
     In bfloat16 float32 matrices take half the room. A signature converts them back once per call,
     except experts' kernels and embeddings: of those it reads what a request needs, and converts
-    that. Gating stays in float32, as examples would go to other experts; vectors, of which the
-    scales of quantized layers are some, take no room.
+    that. Gating stays in float32, as examples would go to other experts; vectors and the scales of
+    quantized layers take no room.
 
     Args:
         layers: Built layers.
@@ -28,13 +29,17 @@ class StoredWeights:
         # Private, but nothing public finds layers inside other layers (checked with Keras 3.15).
         parts = [part for layer in layers for part in layer._flatten_layers()]
         weights = {id(weight): weight for layer in layers for weight in layer.weights}
-        exact = {id(w) for p in parts if isinstance(p, SparseMoE) for w in p.gating.weights}
+        exact = {id(weight) for part in parts for weight in _exact(part)}
         self._read_by_rows = {id(weight) for part in parts for weight in _read_by_rows(part)}
         self.narrow = {
             key: tf.Variable(tf.cast(weight.value, dtype), name=weight.path)
             for key, weight in weights.items()
             if dtype is not None and _is_matrix(weight) and key not in exact
         }
+        # A server has one device, which holds all rows of what replicas hold in shards.
+        for key, weight in weights.items():
+            if key not in self.narrow and isinstance(weight.value, ShardedVariable):
+                self.narrow[key] = weight.value.gathered(name=weight.path)
         state = [v for layer in layers for v in [*layer.variables, *layer.metrics_variables]]
         self.frozen = [(v, keras.ops.convert_to_numpy(v)) for v in state if id(v) not in weights]
 
@@ -69,6 +74,12 @@ class ServingScope(keras.StatelessScope):
 
 def _is_matrix(weight):
     return weight.dtype == "float32" and len(weight.shape) >= 2
+
+
+def _exact(layer):
+    if isinstance(layer, SparseMoE):
+        return layer.gating.weights
+    return layer.scales if isinstance(layer, FeedForwardExperts) and layer.built else []
 
 
 def _read_by_rows(layer):

@@ -1,0 +1,217 @@
+"""Variables of which each replica holds a part of the rows."""
+
+import contextlib
+
+import numpy as np
+import tensorflow as tf
+
+from keras_moe.distribute import internals
+
+
+class ShardedVariable(internals.DistributedVariable):
+    """A variable [N, ...] of which replica r of R holds rows r·N/R to (r + 1)·N/R.
+
+    Inside a replica of its strategy it reads as that replica's rows, and assigns them. Everywhere
+    else it reads as all rows, and what is assigned to it is cut up. Its shape is that of all rows.
+
+    Args:
+        strategy: The strategy.
+        shards: List of R variables [N/R, ...], one on each replica's device.
+    """
+
+    def __init__(self, strategy, shards):
+        super().__init__(strategy, shards, tf.VariableAggregation.NONE)
+
+    @property
+    def shards(self):
+        """List of the replicas' variables [N/R, ...]."""
+        return list(self._values)
+
+    @property
+    def values(self):
+        # Asked for by `strategy.extended.update`, the way of every optimizer.
+        raise RuntimeError(
+            "A variable that is held in shards cannot be updated replica by replica from outside, "
+            "as an optimizer does that knows nothing of shards. Wrap the optimizer: "
+            "`keras_moe.distribute.ExpertParallel(optimizer)`. Received: an update of "
+            f"{self.name!r} of shape {tuple(self.shape)}"
+        )
+
+    def _get_replica(self, replica_id):
+        return self.values  # As above, where replicas update without `merge_call`.
+
+    @property
+    def shape(self):
+        rows, *rest = self._values[0].shape
+        return tf.TensorShape([rows * len(self._values), *rest])
+
+    def get_shape(self):
+        return self.shape
+
+    @property
+    def shard(self):
+        """This replica's variable; `None` outside of the replicas of its strategy."""
+        if tf.distribute.get_strategy() is not self.distribute_strategy:
+            return None
+        replica = internals.local_replica()
+        return None if replica is None else self._values[replica]
+
+    def _get(self):
+        if self.shard is not None:
+            return self.shard
+        return tf.concat([shard.read_value() for shard in self._values], axis=0)
+
+    def _get_cross_replica(self):
+        return self._get()
+
+    def _get_on_device_or_primary(self):
+        return self.shard or self._primary
+
+    def value(self):
+        return tf.identity(self._get())
+
+    read_value = value
+
+    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        return tf.convert_to_tensor(self._get(), dtype=dtype, name=name)
+
+    @property
+    def handle(self):
+        if self.shard is None:
+            raise ValueError(
+                "A variable that is held in shards has one handle on each replica, and none "
+                f"outside. Received: {self.name!r} outside of the replicas of its strategy"
+            )
+        return self.shard.handle
+
+    def numpy(self):
+        # One shard after the other, so that there are never two copies of all rows.
+        rows = np.empty(self.shape, self.dtype.as_numpy_dtype)
+        for part, shard in zip(np.split(rows, len(self._values)), self._values, strict=True):
+            part[...] = shard.numpy()
+        return rows
+
+    def __array__(self, dtype=None):  # noqa: D105
+        return self.numpy().astype(dtype or self.dtype.as_numpy_dtype, copy=False)
+
+    def gathered(self, name):
+        """A variable of TensorFlow with all rows, on the host."""
+        with tf.device("CPU:0"):
+            return internals.make_component(initial_value=self.numpy(), name=name)
+
+    def _export_to_saved_model_graph(self, *args, **kwargs):
+        raise NotImplementedError(
+            "A SavedModel has to hold all experts in one variable, but this model's are held in "
+            "shards. Export it by `keras_moe.export_saved_model(model, path)`, or save it and load "
+            "it without a strategy first. Received: a SavedModel of a model with "
+            f"{self.name!r} of shape {tuple(self.shape)}"
+        )
+
+    def assign(self, value, use_locking=None, name=None, read_value=True):
+        return self._update_shards("assign", value)
+
+    def assign_add(self, value, use_locking=None, name=None, read_value=True):
+        return self._update_shards("assign_add", value)
+
+    def assign_sub(self, value, use_locking=None, name=None, read_value=True):
+        return self._update_shards("assign_sub", value)
+
+    def _update_shards(self, method, value):
+        if self.shard is not None:
+            return getattr(self.shard, method)(value)
+        if isinstance(value, ShardedVariable):
+            parts = value.shards
+        else:
+            parts = tf.split(value, len(self._values))
+        for shard, part in zip(self._values, parts, strict=True):
+            with tf.device(shard.device):
+                getattr(shard, method)(part)
+        return self
+
+
+@contextlib.contextmanager
+def sharded_rows(number, unit="experts"):
+    """Inside, variables [number, ...] are made in shards, where there are several replicas.
+
+    Args:
+        number: The number of rows.
+        unit: What one row stands for, for the error message.
+
+    Raises:
+        ValueError: If the replicas cannot hold as many rows each.
+    """
+    strategy = tf.distribute.get_strategy()
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1:
+        yield
+        return
+    if number % replicas:
+        raise ValueError(
+            f"With `expert_parallel=True` the number of {unit} must be a multiple of the number of "
+            f"replicas. Received: {number} {unit}, {replicas} replicas"
+        )
+    with tf.variable_creator_scope(lambda next_creator, **kwargs: _create(strategy, **kwargs)):
+        yield
+
+
+def over_shards(regularizer):
+    """Makes a regularizer that is a sum over the entries of a variable count all shards.
+
+    Each replica adds the losses of its own rows, and Keras takes the mean over the replicas.
+    """
+    if regularizer is None:
+        return None
+
+    def regularize(variable):
+        value = getattr(variable, "value", variable)
+        loss = regularizer(variable)
+        if isinstance(value, ShardedVariable) and value.shard is not None:
+            loss *= len(value.shards)
+        return loss
+
+    return regularize
+
+
+@contextlib.contextmanager
+def sharded_like_references():
+    """Inside, variables colocated with a sharded one, and with as many rows, are sharded alike."""
+
+    def create(next_creator, **kwargs):
+        reference = kwargs.get("colocate_with")
+        if not isinstance(reference, ShardedVariable):
+            return next_creator(**kwargs)
+        kwargs["initial_value"] = value = _on_host(kwargs["initial_value"])
+        if value.shape[:1] != reference.shape[:1]:
+            return next_creator(**kwargs)
+        return _create(reference.distribute_strategy, **kwargs)
+
+    with tf.variable_creator_scope(create):
+        yield
+
+
+def _create(strategy, *, initial_value, name=None, dtype=None, trainable=None, **_):
+    if tf.distribute.get_replica_context() is not None:
+        raise RuntimeError(
+            "A variable that is held in shards cannot be made inside of a replica. Build the model "
+            "and its optimizer inside of `strategy.scope()` first. Received: a variable "
+            f"{name!r} inside of `strategy.run`"
+        )
+    devices = strategy.extended.worker_devices
+    shards = []
+    for i, part in enumerate(tf.split(_on_host(initial_value), len(devices))):
+        with tf.device(devices[i]):
+            shards.append(
+                internals.make_component(
+                    initial_value=part,
+                    name=name if i == 0 else f"{name}/replica_{i}",
+                    dtype=dtype,
+                    trainable=trainable,
+                )
+            )
+    return ShardedVariable(strategy, shards)
+
+
+def _on_host(initial_value):
+    """All rows, where there is more room than on one replica's device."""
+    with tf.device("CPU:0"):
+        return tf.convert_to_tensor(initial_value() if callable(initial_value) else initial_value)

@@ -1,0 +1,113 @@
+"""What R replicas save, any other number of replicas loads, and goes on as if never stopped."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from replicas import assert_equal_training, data, fit, flat, hierarchical, make_model, state
+
+import keras_moe
+
+ADAM = functools.partial(keras.optimizers.Adam, 0.01)
+
+
+def make(num_replicas, layer=flat):
+    return make_model(num_replicas, lambda: [layer(name="mixture")], ADAM)
+
+
+@functools.cache
+def uninterrupted(layer=flat):
+    """The histories and states of two times two steps on one device."""
+    model = make(0, layer)
+    return [(fit(model, epochs=2), state(model)) for _ in range(2)]
+
+
+def keras_file(model, new, folder):
+    model.save(folder / "model.keras")
+    with new.distribute_strategy.scope():
+        return keras.models.load_model(folder / "model.keras")
+
+
+def weight_file(model, new, folder):
+    model.save_weights(folder / "model.weights.h5")
+    new.load_weights(folder / "model.weights.h5")
+    return new
+
+
+def sealed_weight_file(model, new, folder):
+    keras_moe.save_weights(model, folder / "model.weights.h5")
+    keras_moe.load_weights(new, folder / "model.weights.h5")
+    return new
+
+
+def checkpoint(model, new, folder):
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(folder / "checkpoint")
+    tf.train.Checkpoint(model=new, optimizer=new.optimizer).restore(path).assert_consumed()
+    return new
+
+
+CASES = [
+    (4, 1, flat, keras_file),
+    (4, 2, flat, checkpoint),
+    (4, 8, flat, sealed_weight_file),
+    (2, 4, flat, weight_file),
+    (0, 4, flat, checkpoint),
+    (2, 0, hierarchical, keras_file),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "layer", "hand_over"), CASES)
+def test_training_goes_on(before, after, layer, hand_over, tmp_path):
+    first, second = uninterrupted(layer)
+    model = make(before, layer)
+    assert_equal_training((fit(model, epochs=2), state(model)), first)
+    new = make(after, layer)
+    with new.distribute_strategy.scope():
+        new.optimizer.build(new.trainable_variables)
+    new = hand_over(model, new, tmp_path)
+    for loaded, expected in zip(state(new), state(model), strict=True):
+        np.testing.assert_array_equal(loaded, expected)
+    assert_equal_training((fit(new, epochs=2), state(new)), second)
+
+
+def test_an_interrupted_fit_is_restored(tmp_path):
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    def run(num_replicas, callbacks):
+        model = make(num_replicas)
+        backup = keras.callbacks.BackupAndRestore(tmp_path)
+        arguments = {"batch_size": 16, "epochs": 4, "shuffle": False, "verbose": 0}
+        return model, model.fit(*data(), callbacks=[backup, *callbacks], **arguments)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(4, [Interrupt()])
+    model, history = run(2, [])
+    assert_equal_training((history.history, state(model)), uninterrupted()[1])
+
+
+def test_a_file_holds_all_experts_once(tmp_path):
+    model = make(4)
+    fit(model, epochs=1)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "checkpoint")
+    shapes = {tuple(s) for k, s in tf.train.list_variables(path) if len(s) == 3}
+    assert shapes == {(8, 4, 5), (8, 5, 4)}
+    # Two kernels, each with two slots.
+    assert sum(len(shape) == 3 for _, shape in tf.train.list_variables(path)) == 6
+
+
+def test_export(tmp_path):
+    model = make(4)
+    x, _ = data()
+    with model.distribute_strategy.scope():
+        path = keras_moe.export_saved_model(model, tmp_path / "served")
+        with pytest.raises(NotImplementedError, match="keras_moe.export_saved_model"):
+            model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(str(path))
+    (y,) = served.signatures["serving_default"](tf.constant(x)).values()
+    np.testing.assert_allclose(y, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
+    assert sum(tuple(v.shape)[:1] == (8,) for v in served.stored) == 4  # kernels and biases

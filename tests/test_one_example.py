@@ -1,0 +1,67 @@
+"""A single example outside training goes to its experts without being sorted."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import EVERY_LAYER, WIDTH, assert_agrees, examples, with_random_weights
+
+from keras_moe import SparseMoE, dispatch
+
+WAYS = ["eager", "graph", "graph, any batch"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["noisy_top_k", "softmax", "hierarchical"])
+def test_a_layer_agrees_with_the_oracle(name, way):
+    layer = with_random_weights(EVERY_LAYER[name](use_bias=True, activation="swiglu"))
+    for number in (1, 2):  # In a graph for any batch one branch must not disturb the other.
+        assert_agrees(layer, examples(number), training=False, way=way)
+
+
+@pytest.mark.parametrize("way", ["xla", "xla, any batch"])
+def test_a_compiled_layer_agrees_with_the_oracle(way):
+    layer = with_random_weights(EVERY_LAYER["capacity"]())
+    for number in (1, 2):
+        assert_agrees(layer, examples(number), training=False, way=way)
+
+
+@pytest.mark.parametrize("name", ["noisy_top_k", "hierarchical"])
+def test_a_masked_example_gives_zeros(name):
+    layer = with_random_weights(EVERY_LAYER[name](use_bias=True))
+    assert_agrees(layer, examples(1), training=False, mask=np.array([False]))
+
+
+def test_nothing_is_sorted(monkeypatch):
+    layer = with_random_weights(EVERY_LAYER["noisy_top_k"]())
+    x = examples(2)
+    together = layer(x)
+
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(dispatch, "make_plan", refuse)
+    for i in range(2):
+        np.testing.assert_allclose(layer(x[i : i + 1]), together[i : i + 1], rtol=1e-6, atol=1e-6)
+    for several, training in ((x, False), (x[:1], True)):
+        with pytest.raises(AssertionError):
+            layer(several, training=training)
+
+
+@pytest.mark.parametrize("num_experts", [5, 80])
+def test_other_experts_weights_are_left_alone(num_experts):
+    layer = with_random_weights(SparseMoE(num_experts, 4, k=2))
+    answer = tf.function(layer, input_signature=[tf.TensorSpec([None, WIDTH])], autograph=False)
+    x = examples(1)
+    sound = answer(x)
+    chosen = np.unique(layer.route(x).expert_index)
+    for kernel in layer.experts.kernels:
+        poisoned = np.full(kernel.shape, np.nan, "float32")
+        poisoned[chosen] = kernel.numpy()[chosen]
+        kernel.assign(poisoned)
+    np.testing.assert_array_equal(answer(x), sound)
+
+
+def test_an_example_of_nan_gives_nan_whatever_the_way():
+    layer = with_random_weights(EVERY_LAYER["noisy_top_k"]())
+    x = np.full((2, WIDTH), np.nan, "float32")
+    assert np.isnan(layer(x)).all() and np.isnan(layer(x[:1])).all()
