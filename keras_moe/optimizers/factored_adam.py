@@ -1,4 +1,4 @@
-"""The paper's optimizer, whose state for the experts is small: `FactoredAdam`."""
+"""The paper's optimizer, whose state for the experts is small."""
 
 import re
 

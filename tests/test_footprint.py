@@ -1,0 +1,108 @@
+"""`footprint`, beside both columns of Tables 7 and 8, and beside a count by hand."""
+
+import tracemalloc
+
+import keras
+import pytest
+
+from keras_moe import HierarchicalMoE, SparseMoE
+from keras_moe.models import TABLE_7, TABLE_8, LanguageModel, Preset, footprint
+
+# Printed: ops/timestep and parameters, both in millions, both without embedding and softmax.
+PRINTED_7 = {
+    "LSTM-2048-512": (9.4, 9.4),
+    "4xLSTM-512": (8.4, 8.4),
+    "MoE-1-Wide": (8.4, 8.4),
+    "MoE-1-Deep": (8.4, 8.4),
+    "MoE-4": (8.4, 8.4),
+    "MoE-32": (8.4, 37.8),
+    "MoE-256": (8.65, 272.9),  # The paper prints 8.6, cut off: 8,650,752.
+    "MoE-256-h": (8.4, 272.9),
+    "MoE-1024-h": (8.5, 1079.0),
+    "MoE-4096-h": (8.9, 4303.4),
+    "MoE-34M": (33.8, 4313.9),
+    "MoE-143M": (142.7, 4371.1),
+}
+PRINTED_8 = {
+    "4xLSTM-512": (8.4, 8.4),
+    "MoE-32": (8.4, 37.8),
+    "MoE-256-h": (8.4, 272.9),
+    "MoE-1024-h": (8.5, 1079.0),
+    "MoE-4096-h": (8.6, 4303.4),
+    "MoE-16384-h": (8.8, 17201.0),
+    "MoE-65536-h": (9.2, 68791.0),
+    "MoE-131072-h": (9.7, 137577.6),
+}
+ROWS = [
+    *((TABLE_7[name], *printed) for name, printed in PRINTED_7.items()),
+    *((TABLE_8[name], *printed) for name, printed in PRINTED_8.items()),
+]
+NAMES = [*(f"Table 7 {name}" for name in PRINTED_7), *(f"Table 8 {name}" for name in PRINTED_8)]
+
+
+def test_every_row_has_a_preset():
+    assert list(TABLE_7) == list(PRINTED_7)
+    assert list(TABLE_8) == list(PRINTED_8)
+
+
+@pytest.mark.parametrize(("preset", "operations", "parameters"), ROWS, ids=NAMES)
+def test_a_preset_is_as_large_as_the_paper_prints(preset, operations, parameters):
+    counted = footprint(preset)
+    # Half of the last digit printed, and what rounding of the figure itself leaves.
+    assert counted.ops_per_timestep / 1e6 == pytest.approx(operations, abs=0.0501)
+    assert counted.parameters / 1e6 == pytest.approx(parameters, abs=0.0501)
+
+
+def test_terms_of_one_row():
+    # Two LSTMs of (512 + 512)·4·512; gating and noise of 16 groups, and of 2 groups of 16 experts;
+    # 2·2 experts of 2·512·1024. Parameters: all 16·16 secondary columns, all experts, and biases.
+    lstms, expert = 2 * 1024 * 4 * 512, 2 * 512 * 1024
+    operations = lstms + 2 * 512 * (16 + 2 * 16) + 4 * expert
+    parameters = lstms + 2 * 4 * 512 + 2 * 512 * (16 + 256) + 256 * expert
+    assert footprint("MoE-256-h") == (operations, parameters)
+
+
+def test_parameters_by_the_hundred_billion_take_no_memory():
+    tracemalloc.start()
+    parameters = footprint("MoE-131072-h").parameters
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # In float32 they would be 550 GB; no machine of the tests could allocate those behind Python.
+    assert parameters > 137e9
+    assert peak < 50e6
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        SparseMoE(6, 12, k=2),
+        HierarchicalMoE(2, 3, 12, (1, 2)),
+        SparseMoE(6, 12, k=2, use_bias=True),
+    ],
+    ids=["flat", "hierarchical", "biases"],
+)
+def test_a_built_model_has_the_parameters_that_keras_counts(middle):
+    model = LanguageModel(30, 8, middle)
+    model.build((None, None))
+    others = model.embedding.count_params() + model.softmax.count_params()
+    trainable = sum(int(keras.ops.size(weight)) for weight in model.trainable_weights)
+    assert footprint(model).parameters == trainable - others
+
+
+def test_an_unknown_name_is_refused_with_all_that_there_are():
+    with pytest.raises(ValueError, match="MoE-4096-h.*Received: 'MoE-5'"):
+        footprint("MoE-5")
+
+
+def test_sizes_scale_with_the_width_and_stay_integers():
+    assert TABLE_7["MoE-143M"].scaled(16) == Preset(
+        width=16,
+        lstm_units=64,
+        num_experts=256,
+        hidden_units=128,
+        num_groups=16,
+        k=(2, 2),
+        dropout=0.4,
+    )
+    with pytest.raises(ValueError, match=r"2048 at width 1024.*0\.5|1 at width|become"):
+        Preset(width=8, hidden_units=12).scaled(6).scaled(5)

@@ -1,0 +1,105 @@
+"""`LanguageModel`: every preset in small, trained, saved, and computed once more in NumPy."""
+
+import keras
+import numpy as np
+import pytest
+from keras.ops import convert_to_numpy as numpy
+
+from keras_moe import SparseMoE
+from keras_moe.models import PRESETS, LanguageModel
+
+VOCABULARY = 30
+TOKENS = np.array([[2, 5, 9, 7], [2, 8, 0, 0]])
+TARGETS = np.array([[5, 9, 7, 2], [8, 2, 0, 0]])
+SMALL = {name: preset for name, preset in PRESETS.items() if preset.num_experts <= 256}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_preset_trains_with_compile_and_fit(name):
+    keras.utils.set_random_seed(0)
+    model = LanguageModel.from_preset(name, VOCABULARY, width=8, dropout=0.0)
+    model.compile(keras.optimizers.Adam(0.03))
+    before = model.evaluate(TOKENS, TARGETS, verbose=0, return_dict=True)["perplexity"]
+    model.fit(TOKENS, TARGETS, epochs=15, verbose=0)
+    after = model.evaluate(TOKENS, TARGETS, verbose=0, return_dict=True)["perplexity"]
+    # Untrained it is about as unsure as an even choice among 30 words.
+    assert 20 < before < 45
+    assert after < 0.7 * before
+
+
+def made(**kwargs):
+    keras.utils.set_random_seed(0)
+    return LanguageModel(VOCABULARY, 8, SparseMoE(4, 8, k=2, name="moe"), dropout=0.3, **kwargs)
+
+
+def test_perplexity_counts_every_word_but_padding():
+    model = made()
+    model.compile("sgd")
+    logs = model.evaluate(TOKENS, TARGETS, verbose=0, return_dict=True)
+    chances = np.take_along_axis(np.exp(model(TOKENS)), TARGETS[..., None], axis=-1)[..., 0]
+    mean = -np.log(chances[TARGETS > 0]).mean()
+    np.testing.assert_allclose(logs["perplexity"], np.exp(mean), rtol=1e-5)
+    # The loss besides has the mixture's balance losses, 0.1 each.
+    balance = 0.1 * (logs["moe/cv_importance"] ** 2 + logs["moe/cv_load"] ** 2)
+    np.testing.assert_allclose(logs["loss"], mean + balance, rtol=1e-5)
+
+
+def test_residuals_and_the_sigmoid_stand_where_appendix_c_puts_them():
+    model = made()
+    model.build((None, None))
+    # x + LSTM(x), x + σ(MoE(x)), x + LSTM(x), then log-softmax; no dropout outside training.
+    x = np.array(model.embedding(TOKENS))
+    x = x + np.array(model.lstms[0](x))
+    x = x + 1 / (1 + np.exp(-np.array(model.middle(x, mask=TOKENS > 0))))
+    x = x + np.array(model.lstms[1](x))
+    logits = x @ numpy(model.softmax.kernel) + numpy(model.softmax.bias)
+    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(model(TOKENS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_on_every_layers_output_before_the_residual():
+    model = made()
+    model.build((None, None))
+    calls = []
+    drop = model.dropout.call
+    model.dropout.call = lambda x, training=False: (
+        calls.append((x.shape, training)) or drop(x, training=training)
+    )
+    hidden = model(TOKENS, training=True)
+    assert calls == [((2, 4, 8), True)] * 4  # embedding, LSTM, mixture, LSTM
+    assert hidden.shape == (2, 4, 8)  # The softmax is left to the loss.
+
+
+def test_later_words_and_padding_change_nothing():
+    model = made()
+    predictions = model(np.array([[2, 5, 9, 7, 3]]))
+    np.testing.assert_allclose(np.exp(predictions).sum(axis=-1), np.ones((1, 5)), rtol=1e-5)
+    other_end = model(np.array([[2, 5, 9, 4, 0]]))
+    np.testing.assert_allclose(predictions[:, :3], other_end[:, :3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LSTM-2048-512", "MoE-1-Deep", "MoE-256-h"])
+def test_saved_model_comes_back(name, tmp_path):
+    model = LanguageModel.from_preset(name, VOCABULARY, width=8, seed=1)
+    model.compile("adam")
+    model.fit(TOKENS, TARGETS, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(TOKENS), model(TOKENS))
+    sizes = [{**m.get_config(), "middle": None} for m in (model, loaded)]
+    assert sizes[0] == sizes[1]
+    assert type(loaded.middle) is type(model.middle)
+    # The optimizer comes with its state.
+    assert int(loaded.optimizer.iterations) == 1
+
+
+def test_layers_of_lstms_alone_need_no_middle():
+    model = LanguageModel(VOCABULARY, 8, num_lstms=3)
+    assert (len(model.lstms_in), len(model.lstms_out)) == (2, 1)
+    assert model(TOKENS).shape == (2, 4, VOCABULARY)
+
+
+@pytest.mark.parametrize("sizes", [{"width": 0}, {"vocabulary_size": 0}, {"num_lstms": 0}])
+def test_bad_sizes_are_refused(sizes):
+    with pytest.raises(ValueError, match=f"{next(iter(sizes))}.*Received: .*0"):
+        LanguageModel(**{"vocabulary_size": VOCABULARY, "width": 8, **sizes})
