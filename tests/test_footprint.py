@@ -1,6 +1,6 @@
 """`footprint`, beside both columns of Tables 7 and 8, and beside a count by hand."""
 
-import tracemalloc
+import resource
 
 import keras
 import pytest
@@ -48,9 +48,8 @@ def test_every_row_has_a_preset():
 @pytest.mark.parametrize(("preset", "operations", "parameters"), ROWS, ids=NAMES)
 def test_a_preset_is_as_large_as_the_paper_prints(preset, operations, parameters):
     counted = footprint(preset)
-    # Half of the last digit printed, and what rounding of the figure itself leaves.
-    assert counted.ops_per_timestep / 1e6 == pytest.approx(operations, abs=0.0501)
-    assert counted.parameters / 1e6 == pytest.approx(parameters, abs=0.0501)
+    assert counted.ops_per_timestep / 1e6 == pytest.approx(operations, abs=0.05)
+    assert counted.parameters / 1e6 == pytest.approx(parameters, abs=0.05)
 
 
 def test_terms_of_one_row():
@@ -63,13 +62,12 @@ def test_terms_of_one_row():
 
 
 def test_parameters_by_the_hundred_billion_take_no_memory():
-    tracemalloc.start()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     parameters = footprint("MoE-131072-h").parameters
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    # In float32 they would be 550 GB; no machine of the tests could allocate those behind Python.
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In float32 they would be 550 GB.
     assert parameters > 137e9
-    assert peak < 50e6
+    assert after - before < 200_000  # KB
 
 
 @pytest.mark.parametrize(
@@ -104,5 +102,6 @@ def test_sizes_scale_with_the_width_and_stay_integers():
         k=(2, 2),
         dropout=0.4,
     )
-    with pytest.raises(ValueError, match=r"2048 at width 1024.*0\.5|1 at width|become"):
-        Preset(width=8, hidden_units=12).scaled(6).scaled(5)
+    # 9·5/6 is no integer.
+    with pytest.raises(ValueError, match=r"9 at width 6 would become 7\.5.*Received: width=5"):
+        Preset(width=6, hidden_units=9).scaled(5)
