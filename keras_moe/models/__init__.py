@@ -3,6 +3,7 @@
 from keras_moe.models.footprint import Footprint, footprint
 from keras_moe.models.language_model import LanguageModel, Perplexity
 from keras_moe.models.presets import PRESETS, TABLE_7, TABLE_8, Preset
+from keras_moe.models.sampling import generate
 
 __all__ = [
     "PRESETS",
@@ -13,4 +14,5 @@ __all__ = [
     "Perplexity",
     "Preset",
     "footprint",
+    "generate",
 ]
