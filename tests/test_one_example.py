@@ -29,6 +29,9 @@ def test_a_compiled_layer_agrees_with_the_oracle(way):
 def test_a_masked_example_gives_zeros(name):
     layer = with_random_weights(EVERY_LAYER[name](use_bias=True))
     assert_agrees(layer, examples(1), training=False, mask=np.array([False]))
+    for kernel in layer.experts.kernels:  # Nothing of any expert is in them, not even 0·NaN.
+        kernel.assign(np.full(kernel.shape, np.nan))
+    np.testing.assert_array_equal(layer(examples(1), mask=np.array([False])), 0.0)
 
 
 def test_nothing_is_sorted(monkeypatch):
