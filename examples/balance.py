@@ -14,12 +14,13 @@ noise, beside the paper's figures, draws them, and says which of the paper's fin
 import pathlib
 import time
 
+import batching
 import experiment
 import keras
 import numpy as np
 import report
 import tensorflow as tf
-import text
+import vocabulary
 from experiment import SideBySide, evaluate, heading, read_words, train
 
 import keras_moe
@@ -46,21 +47,20 @@ PAPER = {
 def parse_arguments(arguments=None):
     """Reads the command line."""
     options = (
-        ("vocabulary-size", 6000, "words that the models know"),
-        ("width", 64, "units of the embedding and of every layer"),
         ("num-experts", 16, "experts of each model"),
         ("hidden-units", 64, "hidden units of an expert"),
         ("k", 2, "experts per word"),
-        ("dropout", 0.1, "part of every layer's output to drop"),
-        ("words-per-batch", 16384, "positions per batch"),
-        ("epochs", 3, "passes over the training text"),
-        ("learning-rate", 0.01, "highest learning rate of Adam"),
-        ("num-sampled", 512, "words that the training's softmax draws per batch"),
-        ("evaluations", 4, "evaluations on the validation text"),
-        ("seed", 0, "seed of the weights, the noise and the batches"),
         ("output", ROOT / "results" / "balance", "folder for the picture"),
     )
-    return experiment.parse_arguments(__doc__, options, arguments)
+    return experiment.parse_arguments(
+        __doc__,
+        options,
+        arguments,
+        width=64,
+        words_per_batch=16384,
+        learning_rate=0.01,
+        evaluations=4,
+    )
 
 
 def main(args):
@@ -132,13 +132,15 @@ def noisy_balance(models, sentences, args):
         figures = []
         for model in models.values():
             moe = model.middle
-            routing = moe.route(model.encode(tokens), training=True, mask=tokens != text.PADDING_ID)
+            routing = moe.route(
+                model.encode(tokens), training=True, mask=tokens != vocabulary.PADDING_ID
+            )
             load = losses.hard_load(routing.gates, routing.expert_index, moe.num_experts)
             cvs = [tf.sqrt(losses.cv_squared(x)) for x in (routing.importance, load)]
             figures.append([*cvs, losses.max_over_mean(load)])
         return tf.stack(figures)
 
-    batches = text.batches(sentences, args.words_per_batch)
+    batches = batching.batches(sentences, args.words_per_batch)
     figures = np.mean([measure(tokens) for tokens, _ in batches], axis=0)
     return {
         name: dict(zip(columns, row, strict=True))
@@ -186,4 +188,4 @@ def print_findings(tables):
 
 
 if __name__ == "__main__":
-    experiment.run(main, parse_arguments())
+    experiment.run(main, parse_arguments)

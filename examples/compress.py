@@ -17,12 +17,13 @@ import pathlib
 import statistics
 import time
 
+import batching
 import experiment
 import keras
 import numpy as np
 import report
 import tensorflow as tf
-import text
+import vocabulary
 from experiment import SideBySide, heading, read_words, train
 
 import keras_moe
@@ -34,23 +35,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 def parse_arguments(arguments=None):
     """Reads the command line."""
     options = (
-        ("vocabulary-size", 6000, "words that the model knows"),
-        ("width", 32, "units of the embedding and of every layer"),
         ("num-experts", 64, "experts of the mixture"),
         ("hidden-units", 128, "hidden units of an expert"),
         ("k", 4, "experts per word"),
         ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
         ("min-share", 0.8, "part of the even share of words that an expert must have to stay"),
-        ("dropout", 0.1, "part of every layer's output to drop"),
-        ("words-per-batch", 4096, "positions per batch"),
-        ("epochs", 3, "passes over the training text"),
-        ("learning-rate", 0.012, "highest learning rate of Adam"),
-        ("num-sampled", 512, "words that the training's softmax draws per batch"),
-        ("evaluations", 3, "evaluations on the validation text"),
-        ("seed", 0, "seed of the weights, the noise and the batches"),
         ("export", ROOT / "saved_models" / "compressed", "folder for the exports"),
     )
-    return experiment.parse_arguments(__doc__, options, arguments)
+    return experiment.parse_arguments(__doc__, options, arguments, evaluations=3)
 
 
 def main(args):
@@ -72,7 +64,7 @@ def main(args):
     train(SideBySide({"mixture": model}), words, args)
 
     heading("Which experts the validation text uses")
-    validation = text.batches(words["validation"], args.words_per_batch)
+    validation = batching.batches(words["validation"], args.words_per_batch)
     models = {}
     for name, min_share in (("pruned, unused", 0.0), ("pruned, little used", args.min_share)):
         keep = keras_moe.used_experts(model, validation, min_share)["mixture"]
@@ -105,7 +97,7 @@ def export(model, args, **options):
 
     def cross_entropy(tokens, targets):
         losses = -tf.gather(model(tokens), targets, batch_dims=2)
-        return {"losses": tf.where(targets == text.PADDING_ID, 0.0, losses)}
+        return {"losses": tf.where(targets == vocabulary.PADDING_ID, 0.0, losses)}
 
     specs = [tf.TensorSpec([None, None], tf.int32, name) for name in ("tokens", "targets")]
     signatures = {"serving_default": (cross_entropy, specs)}
@@ -117,8 +109,8 @@ def compare(exports, sentences, args):
     logging.getLogger("absl").setLevel(logging.ERROR)  # It warns that an export has no gradients.
     loaded = {name: tf.saved_model.load(path) for name, path in exports.items()}
     served = {name: model.signatures["serving_default"] for name, model in loaded.items()}
-    batches = list(text.batches(sentences, args.words_per_batch))
-    number = sum(np.count_nonzero(targets != text.PADDING_ID) for _, targets in batches)
+    batches = list(batching.batches(sentences, args.words_per_batch))
+    number = sum(np.count_nonzero(targets != vocabulary.PADDING_ID) for _, targets in batches)
     tokens, targets = batches[0]
     calls = {"one word": (tokens[:1, :1], targets[:1, :1]), "batch": (tokens, targets)}
     times = {(name, call): [] for name in served for call in calls}
@@ -148,4 +140,4 @@ def compare(exports, sentences, args):
 
 
 if __name__ == "__main__":
-    experiment.run(main, parse_arguments())
+    experiment.run(main, parse_arguments)

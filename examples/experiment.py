@@ -3,23 +3,46 @@
 import argparse
 import sys
 
+import batching
 import keras
 import numpy as np
 import report
 import tensorflow as tf
 import text
+import vocabulary
 from state_of_the_union import StateOfTheUnion
 
-from keras_moe.models import Perplexity
+from keras_moe.callbacks import Throughput
+from keras_moe.models import Perplexity, footprint
+from keras_moe.optimizers import FactoredAdam, WarmupInverseSqrt
+
+# What every script has, with the defaults of the demo.
+_COMMON = (
+    ("vocabulary-size", 6000, "words that the models know"),
+    ("width", 32, "units of the embedding and of every layer"),
+    ("dropout", 0.1, "part of every layer's output to drop"),
+    ("words-per-batch", 4096, "positions per batch"),
+    ("epochs", 3, "passes over the training text"),
+    ("optimizer", "adam", "adam, or factored_adam with little state for the experts"),
+    ("learning-rate", 0.012, "highest learning rate"),
+    ("schedule", "cosine", "of the learning rate after the warm-up: cosine or inverse_sqrt"),
+    ("warm-up", 200, "steps in which the learning rate rises, at most a tenth of all"),
+    ("num-sampled", 512, "words that the training's softmax draws per batch"),
+    ("evaluations", 6, "evaluations on the validation text"),
+    ("seed", 0, "seed of the weights, the noise and the batches"),
+)
+_CHOICES = {"optimizer": ("adam", "factored_adam"), "schedule": ("cosine", "inverse_sqrt")}
 
 
-def parse_arguments(description, options, arguments=None):
+def parse_arguments(description, options, arguments=None, **defaults):
     """Reads the command line.
 
     Args:
         description: What `--help` begins with.
-        options: Triples of name, default value and meaning.
+        options: Triples of name, default value and meaning, those that the script has of its own.
         arguments: List of strings. Default: those of the process.
+        **defaults: Default values of the options that all scripts have, where others than the
+            demo's.
 
     Returns:
         A namespace with `text` and `dataset`, where the words come from, and each of the options.
@@ -28,19 +51,31 @@ def parse_arguments(description, options, arguments=None):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", help="UTF-8 file, a sentence or more on a line")
+    source.add_argument(
+        "--text",
+        metavar="FILE",
+        nargs="+",
+        help="UTF-8 files, a sentence or more on a line; beside NAME.train.txt, NAME.valid.txt and "
+        "NAME.test.txt are held out; .gz, .bz2 and .xz are decompressed",
+    )
     source.add_argument("--dataset", default=StateOfTheUnion.name, help="of tensorflow-datasets")
-    for name, default, meaning in options:
+    for name, default, meaning in (*options, *_COMMON):
+        default = defaults.get(name.replace("-", "_"), default)
         parser.add_argument(
-            f"--{name}", type=type(default), default=default, help=f"{meaning} (%(default)s)"
+            f"--{name}",
+            type=str if isinstance(default, list) else type(default),
+            nargs="+" if isinstance(default, list) else None,
+            default=default,
+            choices=_CHOICES.get(name),
+            help=f"{meaning} (%(default)s)",
         )
     return parser.parse_args(arguments)
 
 
-def run(main, args):
+def run(main, parse_arguments):
     """Runs a script; what its user can put right ends it in one sentence."""
     try:
-        main(args)
+        main(parse_arguments())
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -54,16 +89,16 @@ def read_words(args):
     """Reads the text that the command line names, and tells its size.
 
     Returns:
-        The sentences as ids by part, and the lookup from words to ids; see `text.encode` and
-        `text.build_vocabulary`.
+        The sentences as ids by part, and the lookup from words to ids; see
+        `vocabulary.encode` and `vocabulary.build`.
     """
-    heading(f"Reading {args.text or args.dataset}")
-    splits = text.load_file(args.text) if args.text else text.load_dataset(args.dataset)
-    lookup = text.build_vocabulary(splits["train"], args.vocabulary_size)
-    words = {part: text.encode(sentences, lookup) for part, sentences in splits.items()}
+    heading(f"Reading {', '.join(args.text) if args.text else args.dataset}")
+    splits = text.load_files(args.text) if args.text else text.load_dataset(args.dataset)
+    lookup = vocabulary.build(splits["train"], args.vocabulary_size)
+    words = {part: vocabulary.encode(sentences, lookup) for part, sentences in splits.items()}
     for part, sentences in words.items():
         ids = sentences.flat_values
-        unknown = np.mean(ids == text.UNKNOWN_ID)
+        unknown = np.mean(ids == vocabulary.UNKNOWN_ID)
         print(f"{part:>10}: {sentences.nrows():9,} sentences, {len(ids):11,} words,", end=" ")
         print(f"{unknown:.1%} unknown")
     return words, lookup
@@ -107,37 +142,62 @@ def train(side_by_side, words, args, shown=None):
     Args:
         side_by_side: A `SideBySide`.
         words: The sentences of `read_words`.
-        args: The command line's `words_per_batch`, `seed`, `epochs`, `learning_rate` and
-            `evaluations`.
-        shown: Names of the models whose progress to print, one with a `SparseMoE` first.
-            Default: all.
+        args: What `parse_arguments` returns.
+        shown: Names of the models whose progress to print. Default: all.
 
     Returns:
         The history of `fit`, with the training step of each evaluation as `steps`.
     """
-    batches = text.batches(words["train"], args.words_per_batch, seed=args.seed, epochs=args.epochs)
+    batches = batching.batches(
+        words["train"], args.words_per_batch, seed=args.seed, epochs=args.epochs
+    )
     steps = len(batches)
     if steps < args.evaluations:
         raise ValueError(
             "The text must be long enough for a batch before each evaluation. Received: "
             f"{steps} batches for {args.evaluations} evaluations"
         )
-    warm_up = min(200, steps // 10)
-    learning_rate = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warm_up, warmup_target=args.learning_rate, warmup_steps=warm_up
-    )
-    side_by_side.compile(keras.optimizers.Adam(learning_rate))
+    side_by_side.compile(make_optimizer(args, steps))
     history = side_by_side.fit(
         batches,
         epochs=args.evaluations,
         steps_per_epoch=steps // args.evaluations,
-        validation_data=text.batches(words["validation"], args.words_per_batch),
+        validation_data=batching.batches(words["validation"], args.words_per_batch),
         shuffle=False,  # The batches are shuffled.
-        callbacks=[report.Progress(shown or list(side_by_side.models), steps)],
+        callbacks=[
+            make_throughput(side_by_side, words["train"], args, steps),
+            report.Progress(shown or list(side_by_side.models), steps),
+        ],
         verbose=0,
     )
     history.steps = (np.array(history.epoch) + 1) * (steps // args.evaluations)
     return history
+
+
+def make_optimizer(args, steps):
+    """Returns the optimizer that the command line names, with its schedule."""
+    warm_up = min(args.warm_up, steps // 10)
+    if args.schedule == "cosine":
+        learning_rate = keras.optimizers.schedules.CosineDecay(
+            0.0, steps - warm_up, warmup_target=args.learning_rate, warmup_steps=warm_up
+        )
+    else:
+        learning_rate = WarmupInverseSqrt(args.learning_rate, max(warm_up, 1))
+    optimizers = {"adam": keras.optimizers.Adam, "factored_adam": FactoredAdam}
+    return optimizers[args.optimizer](learning_rate)
+
+
+def make_throughput(side_by_side, sentences, args, steps):
+    """Returns the callback that logs words per second and TFLOPS, of all the models together."""
+    words = args.epochs * (sentences.flat_values.shape[0] + sentences.nrows())  # and their ends
+    models = side_by_side.models.values()
+    # Each word is compared with those drawn and with the target.
+    softmax = sum(model.width * (model.softmax.num_sampled + 1) for model in models)
+    return Throughput(
+        sum(footprint(model).ops_per_timestep for model in models),
+        words_per_step=int(words) / steps,
+        softmax_ops_per_timestep=softmax,
+    )
 
 
 def evaluate(side_by_side, sentences, args):
@@ -146,7 +206,7 @@ def evaluate(side_by_side, sentences, args):
     The columns are those of Table 6; a model without a `SparseMoE` of its own name has `None` for
     the balance.
     """
-    batches = text.batches(sentences, args.words_per_batch)
+    batches = batching.batches(sentences, args.words_per_batch)
     logs = side_by_side.evaluate(batches, return_dict=True, verbose=0)
     return {
         name: {

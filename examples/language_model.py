@@ -146,4 +146,4 @@ def compare(pair, sentences, args):
 
 
 if __name__ == "__main__":
-    experiment.run(main, parse_arguments())
+    experiment.run(main, parse_arguments)

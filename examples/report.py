@@ -14,7 +14,7 @@ class Progress(keras.callbacks.Callback):
     """Prints a line now and then: with two models Keras' own bar is wider than a terminal.
 
     Args:
-        names: The models of a `SideBySide`, the mixture first.
+        names: The models of a `SideBySide`.
         steps: Training steps in all.
         every: Steps between two lines.
     """
@@ -41,10 +41,10 @@ class Progress(keras.callbacks.Callback):
         perplexities = "  ".join(
             f"{name} {logs[f'{prefix}{name}/perplexity']:6.1f}" for name in self.names
         )
-        load = logs[f"{prefix}{self.names[0]}/max_over_mean_load"]
+        load = logs.get(f"{prefix}{self.names[0]}/max_over_mean_load")
         print(
             f"{time.time() - self.start:4.0f} s  step {self.step:5,}/{self.steps:,}  {part}  "
-            f"{perplexities}  max/mean load {load:.2f}",
+            f"{perplexities}" + ("" if load is None else f"  max/mean load {load:.2f}"),
             flush=True,
         )
 
@@ -115,6 +115,38 @@ def plot_settings(tables, path):
             axes.set_yscale("log")
     grid[0, 1].legend()
     figure.supxlabel("w_importance (above) and w_load (below)")
+    return _save(figure, path)
+
+
+def plot_capacity(rows, path):
+    """Draws test perplexity over parameters, as Figure 2, left.
+
+    Args:
+        rows: {model: {"perplexity", "lowest", "highest", "parameters": figure}}, where the names
+            of hierarchical mixtures end in "-h" and those of flat ones are "MoE-" and a number.
+        path: The file to write.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    kinds = {"flat": [], "hierarchical": [], "without a mixture": []}
+    for name, row in rows.items():
+        last = name.removeprefix("MoE-")
+        kind = "flat" if last.isdigit() else "hierarchical" if name.endswith("-h") else None
+        kinds[kind or "without a mixture"].append((name, row))
+    for (kind, members), style in zip(kinds.items(), ("o-", "s--", "^"), strict=True):
+        if not members:
+            continue
+        x = [row["parameters"] for _, row in members]
+        y, low, high = (
+            np.array([row[column] for _, row in members])
+            for column in ("perplexity", "lowest", "highest")
+        )
+        axes.errorbar(x, y, (y - low, high - y), fmt=style, capsize=4, label=kind)
+        for (name, _), *point in zip(members, x, y, strict=True):
+            axes.annotate(name, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.set(xlabel="parameters without embedding and softmax", ylabel="test perplexity")
+    axes.set_title("Equal operations per word, equal batches")
+    axes.legend()
     return _save(figure, path)
 
 

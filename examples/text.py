@@ -1,21 +1,15 @@
-"""From raw text to batches of word ids for a language model.
+"""Sentences of raw text, in three parts: training, validation, test.
 
-    splits = text.load_dataset()                            # or text.load_file(path)
-    lookup = text.build_vocabulary(splits["train"], 6000)
-    train = text.encode(splits["train"], lookup)
-    for inputs, targets in text.batches(train, words_per_batch=4000, seed=1, epochs=4):
-        ...                                                 # both int32 [B, L]
-
-Words are lower case, every number is "N" (as in the Penn Treebank), punctuation marks are words.
-Ids: 0 padding, 1 unknown word, 2 end of sentence, then the words from frequent to rare. The end
-of one sentence also begins the next: from inputs [eos, w1, ..., wn] a model predicts the targets
-[w1, ..., wn, eos].
+splits = text.load_dataset()                            # or text.load_files(paths)
+for sentence in splits["train"]:
+    ...                                                 # a string scalar
 """
 
-import collections
+import bz2
+import gzip
+import lzma
 import pathlib
 
-import keras
 import numpy as np
 import requests
 import state_of_the_union
@@ -23,20 +17,20 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 import tensorflow_text as tf_text
 
-PADDING_ID, UNKNOWN_ID, EOS_ID = range(3)
-_SPECIAL = ("", "<unk>", "<eos>")  # no words of a text: the tokeniser sets "<" and ">" apart
-
-# Regular expressions (RE2). \p{L} is a letter, \p{Lu} a capital one.
+# Regular expressions (RE2). \p{Lu} is a capital letter.
 _ABBREVIATION = r"Mr|Mrs|Messrs|Ms|Dr|St|Hon|Gen|Lt|Col|Capt|Sgt|Rep|Sen|Gov|Nos?|\p{Lu}"
 _END = r"""[.?!]["'”’)]*"""
 _BEGIN = r"""["'“‘(]*\p{Lu}"""
-_NUMBER = r"\d[\d,.]*\d|\d"
-# Words without a space around them: "u.s", "'s", a run of dashes or dots, any other mark.
-_APART = r"\b\p{L}(?:\.\p{L})+\b|'(?:s|t|d|m|ll|re|ve)\b|[-–—]+|\.+|[^\p{L}\s]"
 
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _FILE_BLOCKS = 100
 _FILE_HELD_OUT = {9: "validation", 19: "test"}  # of every 20 blocks
-_BUCKET_WIDTH = 4
+# The names of given parts: "book.train.txt" has "book.valid.txt" and "book.test.txt" beside it.
+_PART_NAMES = {
+    "train": (".train.",),
+    "validation": (".valid.", ".validation."),
+    "test": (".test.",),
+}
 
 
 def load_dataset(name=state_of_the_union.StateOfTheUnion.name, data_dir=None):
@@ -86,134 +80,85 @@ def load_dataset(name=state_of_the_union.StateOfTheUnion.name, data_dir=None):
     return parts
 
 
-def load_file(path):
-    """Loads a UTF-8 text file with a sentence or a paragraph on each line.
+def load_files(paths):
+    """Loads UTF-8 text files with a sentence or a paragraph on each line.
 
-    Of every 20 hundredths of the file, one is held out for validation and one for testing: whole
-    blocks of lines, so that few held-out lines have a neighbour in training.
+    Of a file `NAME.train.txt` the files `NAME.valid.txt` (or `.validation.`) and `NAME.test.txt`
+    beside it are what is held out. Of every 20 hundredths of any other file, one is held out for
+    validation and one for testing: whole blocks of lines, so that few held-out lines have a
+    neighbour in training. Files whose names end in `.gz`, `.bz2` or `.xz` are decompressed.
 
     Args:
-        path: The file.
+        paths: The files.
 
     Returns:
         What `load_dataset` returns.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not UTF-8, or has less than 100 lines of text.
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged or not UTF-8, or too short for parts of it to be held out.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"The text file must exist. Received: {str(path)!r}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            "The text file must be UTF-8; `iconv -f ISO-8859-1 -t UTF-8` converts a Latin-1 one. "
-            f"Received: {str(path)!r}, byte {error.object[error.start]:#04x} at {error.start}"
-        ) from error
-    lines = [line for line in lines if line.strip()]
+    parts = {part: [] for part in _PART_NAMES}
+    for path in map(pathlib.Path, paths):
+        for part, lines in _load_file(path).items():
+            parts[part].extend(lines)
+    return {
+        part: _sentences(tf.data.Dataset.from_tensor_slices(lines)) for part, lines in parts.items()
+    }
+
+
+def _load_file(path):
+    """Returns the lines of each part."""
+    (mark,) = _PART_NAMES["train"]
+    if mark in path.name:
+        files = {part: _part_beside(path, part) for part in _PART_NAMES}
+        parts = {part: _read_lines(file) for part, file in files.items()}
+        for part, lines in parts.items():
+            if not lines:
+                raise ValueError(f"The file must hold text. Received: {str(files[part])!r}")
+        return parts
+    lines = _read_lines(path)
     if len(lines) < _FILE_BLOCKS:
         raise ValueError(
             f"The text file must have at least {_FILE_BLOCKS} lines of text, a sentence or a "
             f"paragraph on each, for parts of it to be held out. Received: {str(path)!r} with "
             f"{len(lines)}"
         )
-    parts = {"train": [], "validation": [], "test": []}
+    parts = {part: [] for part in _PART_NAMES}
     for i, block in enumerate(np.array_split(np.array(lines, object), _FILE_BLOCKS)):
         parts[_FILE_HELD_OUT.get(i % 20, "train")].extend(block)
-    return {
-        part: _sentences(tf.data.Dataset.from_tensor_slices(lines)) for part, lines in parts.items()
-    }
+    return parts
 
 
-def build_vocabulary(sentences, size):
-    """Collects the most frequent words.
+def _part_beside(path, part):
+    """The file of a part, given that of the training part."""
+    (mark,) = _PART_NAMES["train"]
+    before, after = path.name.rsplit(mark, 1)
+    names = [before + name + after for name in _PART_NAMES[part]]
+    for name in names:
+        if path.with_name(name).is_file():
+            return path.with_name(name)
+    return path.with_name(names[0])  # It is missing.
 
-    Args:
-        sentences: A `tf.data.Dataset` of sentences: the training part.
-        size: How many ids there are at most, the three special ones included.
 
-    Returns:
-        A `keras.layers.StringLookup` from words to ids; `get_vocabulary()` lists the words by id.
-
-    Raises:
-        ValueError: `size` leaves no room for words.
-    """
-    if size <= len(_SPECIAL):
+def _read_lines(path):
+    """Returns the lines of a file that hold more than spaces."""
+    if not path.is_file():
+        raise FileNotFoundError(f"The text file must exist. Received: {str(path)!r}")
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
+            lines = [line.rstrip("\r\n") for line in file if line.strip()]
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f"size must be above {len(_SPECIAL)}, the number of special ids. Received: {size}"
-        )
-    counts = collections.Counter()
-    for words in _tokenized(sentences):
-        counts.update(words.flat_values.numpy().tolist())
-    frequent = [word.decode() for word, _ in counts.most_common(size - len(_SPECIAL))]
-    padding, unknown, eos = _SPECIAL
-    return keras.layers.StringLookup(
-        vocabulary=[eos, *frequent], mask_token=padding, oov_token=unknown
-    )
-
-
-def encode(sentences, lookup):
-    """Turns sentences into ids, once: training then does no work on strings.
-
-    Args:
-        sentences: A `tf.data.Dataset` of sentences.
-        lookup: What `build_vocabulary` returns.
-
-    Returns:
-        An int32 `tf.RaggedTensor` [sentences, (words)], without end-of-sentence ids.
-    """
-    encoded = [
-        words.with_flat_values(tf.cast(lookup(words.flat_values), tf.int32))
-        for words in _tokenized(sentences)
-    ]
-    return tf.concat(encoded, axis=0)
-
-
-def decode(ids, lookup):
-    """Turns ids [B, L], an array, lists or ragged, into B strings, without the padding."""
-    vocabulary = lookup.get_vocabulary()
-    return [" ".join(vocabulary[i] for i in row if i != PADDING_ID) for row in ids]
-
-
-def batches(sentences, words_per_batch, max_length=64, seed=None, epochs=1):
-    """Batches sentences of like length.
-
-    Every word and every end of sentence is a target exactly once per epoch: a sentence too long
-    is cut into even pieces, each of which starts from the last word of the one before. Nothing
-    random comes from global state, so equal arguments give equal batches in equal order.
-
-    Args:
-        sentences: What `encode` returns.
-        words_per_batch: The most positions B * L of a batch, padding included.
-        max_length: The most positions L of a sentence, its end included.
-        seed: Shuffles, differently in each epoch. Default: no shuffling.
-        epochs: How often the dataset passes over the sentences.
-
-    Returns:
-        A `tf.data.Dataset` of pairs (inputs, targets), both int32 [B, L], of known cardinality.
-
-    Raises:
-        ValueError: A sentence of `max_length` does not fit into `words_per_batch`.
-    """
-    if not 0 < max_length <= words_per_batch:
+            "The text file must be UTF-8; `iconv -f ISO-8859-1 -t UTF-8` converts a Latin-1 one. "
+            f"Received: {str(path)!r}, byte {error.object[error.start]:#04x}"
+        ) from error
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
         raise ValueError(
-            "max_length must be between 1 and words_per_batch. Received: "
-            f"max_length={max_length}, words_per_batch={words_per_batch}"
-        )
-    eos = tf.fill([sentences.nrows(), 1], EOS_ID)
-    lengths = _even_pieces(sentences.row_lengths().numpy() + 1, max_length)
-    inputs, targets = (
-        tf.RaggedTensor.from_row_lengths(tf.concat(parts, axis=1).flat_values, lengths)
-        for parts in ([eos, sentences], [sentences, eos])
-    )
-
-    schedule = _schedule(lengths, words_per_batch, max_length, seed, epochs)
-    dataset = tf.data.Dataset.from_tensor_slices(schedule).map(
-        lambda rows: tuple(tf.gather(words, rows).to_tensor() for words in (inputs, targets))
-    )
-    return dataset.prefetch(tf.data.AUTOTUNE)
+            f"The file must be whole and compressed as its name says. Received: {str(path)!r}: "
+            f"{error}"
+        ) from error
+    return lines
 
 
 def _prepare(builder):
@@ -247,54 +192,3 @@ def _sentences(texts):
         return tf.boolean_mask(sentences, sentences != "")
 
     return texts.map(split, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
-
-
-def _tokenized(sentences):
-    """Yields the words of a thousand sentences at a time, as a `tf.RaggedTensor` of strings."""
-    splitter = tf_text.WhitespaceTokenizer()
-
-    def tokenize(sentences):
-        text = tf_text.case_fold_utf8(tf_text.normalize_utf8(sentences, "NFKC"))
-        text = tf.strings.regex_replace(text, "[‘’]", "'")
-        text = tf.strings.regex_replace(text, "[“”]", '"')
-        text = tf.strings.regex_replace(text, _NUMBER, "N")
-        text = tf.strings.regex_replace(text, f"({_APART})", r" \1 ")
-        return splitter.tokenize(text)
-
-    return sentences.batch(1000).map(tokenize, num_parallel_calls=tf.data.AUTOTUNE)
-
-
-def _schedule(lengths, words_per_batch, max_length, seed, epochs):
-    """Returns the rows of each batch, a `tf.RaggedTensor` [steps, (B)].
-
-    Bucketed by length as `tf.data.Dataset.bucket_by_sequence_length` does, but before training
-    instead of row by row during it, and without small batches at the end.
-    """
-    longest = np.array([*range(_BUCKET_WIDTH, max_length, _BUCKET_WIDTH), max_length])
-    bucket = np.searchsorted(longest, lengths)
-    rows_per_batch = _even_pieces(
-        np.bincount(bucket, minlength=len(longest)), words_per_batch // longest
-    )
-    random = np.random.default_rng(seed)
-    schedule = []
-    for _ in range(epochs):
-        rows = np.arange(len(lengths)) if seed is None else random.permutation(len(lengths))
-        rows = rows[np.argsort(bucket[rows], kind="stable")]
-        epoch = np.split(rows, np.cumsum(rows_per_batch)[:-1])
-        if seed is not None:
-            random.shuffle(epoch)
-        schedule.extend(epoch)
-    return tf.RaggedTensor.from_row_lengths(
-        np.concatenate(schedule), [len(rows) for rows in schedule]
-    )
-
-
-def _even_pieces(lengths, max_length):
-    """Cuts things of the given lengths into even pieces and returns the pieces' lengths."""
-    num_pieces = -(-lengths // max_length)
-    first_piece = np.cumsum(num_pieces) - num_pieces
-    lengths, num_pieces, first_piece = (
-        np.repeat(x, num_pieces) for x in (lengths, num_pieces, first_piece)
-    )
-    piece = np.arange(len(lengths)) - first_piece  # its number within the sentence
-    return lengths * (piece + 1) // num_pieces - lengths * piece // num_pieces
