@@ -158,6 +158,7 @@ def train(side_by_side, words, args, shown=None):
             f"{steps} batches for {args.evaluations} evaluations"
         )
     side_by_side.compile(make_optimizer(args, steps))
+    side_by_side.build((None, None))
     history = side_by_side.fit(
         batches,
         epochs=args.evaluations,

@@ -1,15 +1,19 @@
-"""Trains the paper's language model in small, beside a dense twin of equal operations per word.
+"""Trains the paper's language models, in small or in the paper's size.
 
     python examples/language_model.py                         # State of the Union addresses
     python examples/language_model.py --text my_book.txt      # any UTF-8 text
-    python examples/language_model.py --dataset lm1b --width 512 --num-experts 256
+    python examples/language_model.py --dataset lm1b --preset MoE-256-h --width 512
 
-Both models are embedding → LSTM → middle → LSTM → softmax, with a residual connection around each
-layer and dropout on its output (appendix C). The middle of one is a mixture of experts, of which
-every word uses k. That of its dense twin is a single expert, k times as wide ("MoE-1-Wide" in
-Table 7) and a little wider still, which makes up for the operations of the gating. The script
-compares their perplexity on held-out text, shows what some experts have specialised in (Table 9),
-draws the curves, exports the mixture and queries the export from another process.
+All models are embedding → LSTM → middle → LSTM → softmax, with a residual connection around each
+layer and dropout on its output (appendix C). Without `--preset` there are two, which see the same
+batches: the middle of one is a mixture of experts, of which every word uses k. That of its dense
+twin is a single expert, k times as wide ("MoE-1-Wide" in Table 7) and a little wider still, which
+makes up for the operations of the gating. With `--preset` there is the one of that row of Table 7
+or 8, with its dropout and balance losses, all of its sizes scaled to `--width`.
+
+The script shows perplexity on held-out text, what some experts have specialised in (Table 9), and
+sentences that the model writes, draws the curves, exports the model and queries the export from
+another process.
 """
 
 import pathlib
@@ -17,17 +21,18 @@ import subprocess
 import sys
 import time
 
+import batching
 import experiment
 import keras
 import numpy as np
 import report
 import serving
 import tensorflow as tf
-import text
+import vocabulary
 from experiment import SideBySide, evaluate, heading, read_words, train
 
 import keras_moe
-from keras_moe.models import LanguageModel, footprint
+from keras_moe.models import PRESETS, LanguageModel, footprint, generate
 from keras_moe.serving import versions
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,23 +41,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 def parse_arguments(arguments=None):
     """Reads the command line."""
     options = (
-        ("vocabulary-size", 6000, "words that the models know"),
-        ("width", 32, "units of the embedding and of every layer"),
-        ("num-experts", 64, "experts of the mixture"),
-        ("hidden-units", 128, "hidden units of an expert"),
-        ("k", 4, "experts per word"),
-        ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
-        ("dropout", 0.1, "part of every layer's output to drop"),
-        ("words-per-batch", 4096, "positions per batch"),
-        ("epochs", 3, "passes over the training text"),
-        ("learning-rate", 0.012, "highest learning rate of Adam"),
-        ("num-sampled", 512, "words that the training's softmax draws per batch"),
-        ("evaluations", 6, "points on the curves"),
-        ("seed", 0, "seed of the weights, the noise and the batches"),
+        ("preset", "", f"of {', '.join(PRESETS)}; without one, the mixture and its twin"),
+        ("num-experts", 64, "experts of the mixture, without a preset"),
+        ("hidden-units", 128, "hidden units of its experts"),
+        ("k", 4, "its experts per word"),
+        ("balance-loss-weight", 0.01, "weight of its importance loss and of its load loss"),
+        ("temperature", 0.7, "of the sentences that the model writes: low ones are likely"),
         ("output", ROOT / "results" / "language_model", "folder for the pictures"),
         ("export", ROOT / "saved_models" / "language_model", "folder for the exports"),
     )
-    return experiment.parse_arguments(__doc__, options, arguments)
+    args = experiment.parse_arguments(__doc__, options, arguments)
+    if args.preset:
+        LanguageModel.from_preset(args.preset, 1, args.width)  # Refuses what there isn't.
+    return args
 
 
 def main(args):
@@ -61,10 +62,62 @@ def main(args):
     versions.check_target(args.export)  # Now, not after minutes of training.
     words, lookup = read_words(args)
 
-    heading("Training side by side, on the same batches")
+    heading("Training")
     keras.utils.set_random_seed(args.seed)
-    # As many as the k experts of a word have, and so many more that the gating is paid for: its two
-    # matrices [width, num_experts] cost what num_experts hidden units do.
+    make = make_preset if args.preset else make_pair
+    models = make(len(lookup.get_vocabulary()), args)
+    name, model = next(iter(models.items()))
+    together = SideBySide(models)
+    history = train(together, words, args)
+    speeds = (history.history[column] for column in ("words_per_second", "tflops_per_device"))
+    print("{:,.0f} words per second, {:.4f} TFLOPS".format(*map(np.median, speeds)))
+
+    heading("Held-out text: perplexity per word, end of sentence counted")
+    results = compare(together, words["test"], args)
+    report.print_table(results)
+    args.output.mkdir(parents=True, exist_ok=True)
+    print(f"wrote {report.plot_perplexity(history, results, args.output / 'perplexity.png')}")
+    if isinstance(model.middle, keras_moe.SparseMoE):
+        heading("What the experts do: the words of the test text with the largest gates (Table 9)")
+        batches = batching.batches(words["test"], args.words_per_batch)
+        examples = keras_moe.callbacks.ExpertExamples(batches, lookup.get_vocabulary())
+        examples.find(model)
+        examples.print_best()
+        print(f"wrote {report.plot_load(examples.load, args.output / 'expert_load.png')}")
+
+    heading(f"What {name} writes, the first three words given")
+    write(model, words["test"][:40:8, :3], lookup, args)
+
+    heading(f"Exporting {name}, and asking it from a process without Keras")
+    exported = keras_moe.export_saved_model(
+        model,
+        args.export,
+        signatures=serving.signatures(model, lookup),
+        track=[lookup],
+        warm_up=serving.WARM_UP,
+    )
+    print(f"wrote {exported}")
+    prompts = vocabulary.decode(words["test"][:64:16, :6], lookup)
+    tokens, _ = serving.sequences(lookup, tf.constant(prompts))
+    expected = args.output / "expected.npz"
+    np.savez(expected, prompts=prompts, tokens=tokens, probabilities=np.exp(model(tokens)))
+    query = [sys.executable, ROOT / "examples" / "query.py", exported, expected]
+    subprocess.run(query, check=True)
+    print(f"\nAll of it took {(time.time() - start) / 60:.1f} minutes.")
+    return results
+
+
+def make_preset(vocabulary_size, args):
+    """Returns the model of a row of Table 7 or 8, by its name."""
+    options = {"num_sampled": args.num_sampled, "name": args.preset, "seed": args.seed}
+    model = LanguageModel.from_preset(args.preset, vocabulary_size, args.width, **options)
+    return {args.preset: model}
+
+
+def make_pair(vocabulary_size, args):
+    """Returns the mixture and its dense twin, by name."""
+    # As many units as the k experts of a word have, and so many more that the gating is paid for:
+    # its two matrices [width, num_experts] cost what num_experts hidden units do.
     wide = args.k * args.hidden_units + args.num_experts
     middles = {
         "mixture": keras_moe.SparseMoE(
@@ -86,56 +139,33 @@ def main(args):
     }
     print(f"   mixture: {args.num_experts} experts of {args.hidden_units} units, {args.k} per word")
     print(f"     dense: {wide} units")
-    vocabulary_size = len(lookup.get_vocabulary())
-    models = {
-        name: LanguageModel(
-            vocabulary_size,
-            args.width,
-            middle,
-            dropout=args.dropout,
-            num_sampled=args.num_sampled,
-        )
+    options = {"dropout": args.dropout, "num_sampled": args.num_sampled}
+    return {
+        name: LanguageModel(vocabulary_size, args.width, middle, **options)
         for name, middle in middles.items()
     }
-    pair, mixture = SideBySide(models), models["mixture"]
-    history = train(pair, words, args)
 
-    heading("Whole held-out documents: perplexity per word, end of sentence counted")
-    results = compare(pair, words["test"], args)
-    report.print_table(results)
-    heading("What the experts do: the words of the test text with the largest gates (Table 9)")
-    batches = text.batches(words["test"], args.words_per_batch)
-    examples = keras_moe.callbacks.ExpertExamples(batches, lookup.get_vocabulary())
-    examples.find(mixture)
-    examples.print_best()
-    args.output.mkdir(parents=True, exist_ok=True)
-    print(f"wrote {report.plot_perplexity(history, results, args.output / 'perplexity.png')}")
-    print(f"wrote {report.plot_load(examples.load, args.output / 'expert_load.png')}")
 
-    heading("Exporting the mixture, and asking it from a process without Keras")
-    exported = keras_moe.export_saved_model(
-        mixture,
-        args.export,
-        signatures=serving.signatures(mixture, lookup),
-        track=[lookup],
-        warm_up=serving.WARM_UP,
+def write(model, prompts, lookup, args):
+    """Prints sentences that the model draws word by word, the prompts in brackets."""
+    sentences = generate(
+        model,
+        prompts.to_list(),
+        vocabulary.EOS_ID,
+        excluded=(vocabulary.PADDING_ID, vocabulary.UNKNOWN_ID),
+        temperature=args.temperature,
+        seed=args.seed,
     )
-    print(f"wrote {exported}")
-    prompts = text.decode(words["test"][:64:16, :6], lookup)
-    tokens, _ = serving.sequences(lookup, tf.constant(prompts))
-    expected = args.output / "expected.npz"
-    np.savez(expected, prompts=prompts, tokens=tokens, probabilities=np.exp(mixture(tokens)))
-    query = [sys.executable, ROOT / "examples" / "query.py", exported, expected]
-    subprocess.run(query, check=True)
-    print(f"\nAll of it took {(time.time() - start) / 60:.1f} minutes.")
-    return results
+    for prompt, sentence in zip(prompts.to_list(), sentences, strict=True):
+        parts = vocabulary.decode([prompt, sentence[len(prompt) :]], lookup)
+        print("  [{}] {}".format(*parts))
 
 
-def compare(pair, sentences, args):
+def compare(together, sentences, args):
     """Returns the rows of the table: perplexity, size, and balance of the experts."""
     rows = {}
-    for name, balance in evaluate(pair, sentences, args).items():
-        operations, parameters = footprint(pair.models[name])
+    for name, balance in evaluate(together, sentences, args).items():
+        operations, parameters = footprint(together.models[name])
         rows[name] = {
             "perplexity": balance.pop("perplexity"),
             "ops/timestep": operations,

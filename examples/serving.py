@@ -1,7 +1,7 @@
 """What the demo's export answers: the signatures of a `LanguageModel` with its vocabulary."""
 
 import tensorflow as tf
-from text import EOS_ID, PADDING_ID
+from vocabulary import EOS_ID, PADDING_ID
 
 MAX_WORDS = 255  # A sentence as long as a book would take all memory of a server.
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import keras
+import language_model
 import matplotlib.image
 import numpy as np
 import pytest
@@ -87,6 +88,17 @@ def test_demo_shows_contexts_of_experts(demo):
         assert gates[i : i + 6] == sorted(gates[i : i + 6], reverse=True)
 
 
+def test_demo_tells_its_speed_and_writes_sentences(demo):
+    output, _ = demo
+    speed, tflops = re.search(
+        r"^([\d,]+) words per second, (\d\.\d+) TFLOPS$", output, re.M
+    ).groups()
+    # Per word 2·3·(2·5376 + 2·16·51) operations: both models, and their softmaxes over 50 + 1.
+    expected = float(speed.replace(",", "")) * 6 * (2 * 5376 + 2 * 16 * 51) / 1e12
+    assert float(tflops) == pytest.approx(expected, abs=1e-4)
+    assert len(re.findall(r"^  \[\S+ \S+ \S+\] .+$", output, flags=re.MULTILINE)) == 5
+
+
 @pytest.mark.parametrize("name", ["perplexity.png", "expert_load.png"])
 def test_demo_draws_pictures(demo, name):
     _, folder = demo
@@ -125,6 +137,32 @@ def test_the_signatures_of_the_demo_agree(demo):
     served["serving_default"](tokens=tf.ones([1, 256], tf.int32))
     with pytest.raises(tf.errors.InvalidArgumentError, match="A sequence is too long"):
         served["serving_default"](tokens=tf.ones([1, 257], tf.int32))
+
+
+@pytest.mark.parametrize("preset", ["MoE-32", "4xLSTM-512"])
+def test_a_preset_trains_alone(preset, demo, tmp_path, monkeypatch, capsys):
+    _, folder = demo
+    queries = []
+    monkeypatch.setattr(language_model.subprocess, "run", lambda *args, **kw: queries.append(args))
+    arguments = f"""--preset {preset} --width 8 --vocabulary-size 100 --words-per-batch 2048
+        --num-sampled 20 --epochs 1 --evaluations 1 --optimizer factored_adam
+        --schedule inverse_sqrt --text {folder / "text.txt"} --output {tmp_path / "pictures"}
+        --export {tmp_path / "exported"}""".split()
+    rows = language_model.main(language_model.parse_arguments(arguments))
+    # Width 8 of 512: LSTMs of 8·8² = 512 operations. MoE-32: two of them, the gating 2·8·32 = 512,
+    # 4 experts of 1024·8/512 = 16 units 4·2·8·16 = 1024.
+    assert list(rows) == [preset]
+    assert rows[preset]["ops/timestep"] == {"MoE-32": 2560, "4xLSTM-512": 2048}[preset]
+    assert 1 < rows[preset]["perplexity"] < 100
+    assert ("What the experts do" in capsys.readouterr().out) == (preset == "MoE-32")
+    assert (tmp_path / "exported" / "1" / "saved_model.pb").exists() and queries
+
+
+def test_an_impossible_preset_is_refused_at_once():
+    with pytest.raises(ValueError, match="must be a `Preset` or one of .*Received: 'MoE-5'"):
+        language_model.parse_arguments(["--preset", "MoE-5"])
+    with pytest.raises(ValueError, match="must stay integers"):
+        language_model.parse_arguments(["--preset", "MoE-143M", "--width", "1"])
 
 
 def test_query_notices_wrong_answers(demo, tmp_path):
