@@ -161,8 +161,8 @@ def test_a_preset_trains_alone(preset, demo, tmp_path, monkeypatch, capsys):
 def test_an_impossible_preset_is_refused_at_once():
     with pytest.raises(ValueError, match="must be a `Preset` or one of .*Received: 'MoE-5'"):
         language_model.parse_arguments(["--preset", "MoE-5"])
-    with pytest.raises(ValueError, match="must stay integers"):
-        language_model.parse_arguments(["--preset", "MoE-143M", "--width", "1"])
+    with pytest.raises(ValueError, match="`width` must be an integer of at least 1"):
+        language_model.parse_arguments(["--preset", "MoE-256", "--width", "0"])
 
 
 def test_query_notices_wrong_answers(demo, tmp_path):
