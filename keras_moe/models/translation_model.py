@@ -1,7 +1,6 @@
 """The paper's translation model: an encoder and a decoder with a mixture of experts each."""
 
 import keras
-from keras import ops
 
 from keras_moe.arguments import as_sizes, check_size
 from keras_moe.layers import AttentionLSTM, ProjectedLSTM
@@ -92,7 +91,9 @@ class TranslationModel(WordModel):
         self.encoder_middle = encoder_middle
         self.decoder_middle = decoder_middle
         default_units = 4 * self.width
-        self.lstm_units = check_size("lstm_units", default_units if lstm_units is None else lstm_units)
+        self.lstm_units = check_size(
+            "lstm_units", default_units if lstm_units is None else lstm_units
+        )
         self.num_lstms = as_sizes("num_lstms", num_lstms, least=(2, 1))
         self.attention = attention
         self.seed = seed
@@ -159,10 +160,16 @@ class TranslationModel(WordModel):
         self.source_embedding.build((None, None))
         self.target_embedding.build((None, None))
         self.attention_lstm.build(sequences, sequences)
-        layers = [self.both_directions, *self.encoder_lstms, *self.decoder_lstms, self.softmax]
-        for layer in (*layers, self.encoder_middle, self.decoder_middle):
+        for layer in self.counted_layers:
             if layer is not None and not layer.built:  # What a configuration brings may be.
                 layer.build(sequences)
+
+    @property
+    def counted_layers(self):
+        """The layers whose operations `footprint` counts; some may be `None`."""
+        encoder = [self.both_directions, *self.encoder_lstms, self.encoder_middle]
+        decoder = [self.attention_lstm, *self.decoder_lstms, self.decoder_middle]
+        return [*encoder, *decoder, self.softmax]
 
     def encode(self, source, training=None):
         """The encoder: source [B, S] to [B, S, D]. What is behind a source's end is meaningless."""
