@@ -8,7 +8,7 @@ from keras_moe import dispatch
 from keras_moe.distribute import collectives, internals
 from keras_moe.routing import Routing
 
-_ROUNDS = 4  # that rows take where shapes are static, when every two replicas have as many
+_ROUNDS = 4  # under XLA, if every two replicas have as many rows for each other as they may
 
 
 class _Runs(NamedTuple):
@@ -26,9 +26,9 @@ class _Runs(NamedTuple):
 def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
     """Applies a function to rows on the replicas that hold the rows' experts.
 
-    Replica r of R holds n = N/R experts, from r·n. They send each other rows in rounds, and in a
-    round all send as many. That is as many as the one of most for another has; and where shapes
-    must not depend on the data, a part of the even share, as often as it takes.
+    Replica r of R holds n = N/R experts, from r·n. All send each other as many rows: as many as the
+    one of most for another has. Where XLA compiles, shapes can't depend on the data, and they send
+    a part of the even share in a round, and play as many rounds as it takes.
 
     Args:
         function: Called with the rows of all replicas for this replica's experts and their `Plan`;
@@ -36,8 +36,8 @@ def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
         rows: Float tensor [M, D], sorted by expert.
         rows_per_expert: int32 [N]. Rows behind those belong to no expert, and come back as zeros.
         make_plan: Function from the `Routing` of rows to n experts to their `Plan`.
-        most: The most rows that a replica can receive, the same number on all, if shapes must not
-            depend on the data. XLA needs one, and if it is `None` takes R·M.
+        most: The most rows that a replica can receive, the same number on all; XLA needs to know.
+            Default: R·M, all rows of all.
 
     Returns:
         Float tensor [M, width], the rows in the order in which they were given.
@@ -45,17 +45,13 @@ def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
     num_replicas, num_rows = collectives.num_replicas(), tf.shape(rows)[0]
     counts = tf.reshape(rows_per_expert, [num_replicas, -1])
     theirs = collectives.all_to_all(counts)  # [R, n]: how many rows from r for each expert here
-    if most is None and internals.compiling():
-        most = num_replicas * num_rows
     sent = _Runs(tf.reduce_sum(counts, axis=1), num_rows)
-    received = tf.reduce_sum(theirs, axis=1)
-    received = _Runs(received, tf.reduce_sum(received) if most is None else most)
-
+    received = _Runs(tf.reduce_sum(theirs, axis=1), tf.reduce_sum(theirs))
     largest = collectives.all_max(tf.reduce_max(sent.sizes))
-    if most is None:
-        size, rounds = tf.maximum(largest, 1), None
-    else:
-        size = tf.maximum(-(-most // (_ROUNDS * num_replicas)), 1)
+    size, rounds = tf.maximum(largest, 1), None
+    if internals.compiling():
+        received = received._replace(number=num_replicas * num_rows if most is None else most)
+        size = tf.maximum(-(-received.number // (_ROUNDS * num_replicas)), 1)
         rounds = -(-largest // size)
 
     # The rows from one replica are sorted by expert, and so is their number.
@@ -73,7 +69,8 @@ def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
 def _move(x, sent, received, size, rounds):
     """Sends rows [sent.number, D] and returns those received, [received.number, D].
 
-    In each round `size` rows from each replica to each. The gradient takes the same way back.
+    In each round each replica sends `size` rows to each; `None` for a single round. The gradient
+    takes the same way back.
     """
     num_replicas, width = sent.sizes.shape[0], x.shape[-1]
     first = tf.cumsum(sent.sizes, exclusive=True)

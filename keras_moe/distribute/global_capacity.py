@@ -41,4 +41,6 @@ def drop_beyond(capacity, routing, num_experts):
     rows = tf.reduce_sum(counts, axis=[0, 1])
     beyond = tf.reduce_sum(tf.maximum(rows - capacity, 0))
     beyond, rows = tf.unstack(collectives.all_sum(tf.stack([beyond, tf.reduce_sum(rows)])))
-    return routing._replace(gates=tf.where(kept, routing.gates, 0.0)), dispatch.fraction(beyond, rows)
+    return routing._replace(gates=tf.where(kept, routing.gates, 0.0)), dispatch.fraction(
+        beyond, rows
+    )
