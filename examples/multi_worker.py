@@ -114,10 +114,7 @@ def main(args):
 
 def train(strategy, args):
     """Trains, from the last checkpoint on, and evaluates."""
-    resolver = strategy.cluster_resolver
-    chief = resolver.task_type in (None, "chief") or (
-        resolver.task_id == 0 and "chief" not in resolver.cluster_spec().jobs
-    )
+    chief = keras_moe.distribute.is_chief(strategy)
     if not chief:
         sys.stdout = open(os.devnull, "w")  # One worker is enough to tell.
     words, lookup = read_words(args)
@@ -152,7 +149,8 @@ def train(strategy, args):
         optimizer.build(model.trainable_variables)
 
     # All workers save, as each has experts that the others lack. The file of one has everything.
-    checkpoint = tf.train.Checkpoint(model=model, optimizer=optimizer)
+    # The variables include the states of all seeds, so that the noise goes on where it was.
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=optimizer, variables=model.variables)
     folder = args.checkpoints if chief else tempfile.mkdtemp()
     manager = tf.train.CheckpointManager(checkpoint, folder, max_to_keep=2)
     latest = tf.train.latest_checkpoint(args.checkpoints)
@@ -202,7 +200,8 @@ def train(strategy, args):
         if (step + 1) % args.show_every == 0 or step + 1 == num_steps:
             perplexity = np.exp(np.mean(cross_entropies))  # of the softmax over a sample of words
             speed = len(cross_entropies) / (time.time() - start)
-            print(f"step {step + 1:6,}  perplexity {perplexity:9.2f}  {speed:6.2f} steps/s", flush=True)
+            print(f"step {step + 1:6,}  perplexity {perplexity:9.2f}", end="")
+            print(f"  {speed:6.2f} steps/s", flush=True)
             cross_entropies, start = [], time.time()
         if (step + 1) % args.save_every == 0 or step + 1 == num_steps:
             print(f"wrote {manager.save(checkpoint_number=step + 1)}", flush=True)
@@ -217,8 +216,13 @@ def train(strategy, args):
 
 def check_all_are_at_the_same_step(strategy, optimizer):
     """Returns the number of steps taken; workers that can't see the checkpoints took none."""
-    steps = strategy.run(lambda: tf.reshape(optimizer.iterations, [1]))
-    steps = strategy.gather(steps, axis=0).numpy()
+
+    @tf.function
+    def gather():
+        steps = strategy.run(lambda: tf.reshape(optimizer.iterations, [1]))
+        return strategy.gather(steps, axis=0)
+
+    steps = gather().numpy()
     if len(set(steps)) > 1:
         raise ValueError(
             "All workers must see the same folder of checkpoints; --checkpoints names it. Received: "
