@@ -225,8 +225,8 @@ def check_all_are_at_the_same_step(strategy, optimizer):
     steps = gather().numpy()
     if len(set(steps)) > 1:
         raise ValueError(
-            "All workers must see the same folder of checkpoints; --checkpoints names it. Received: "
-            f"replicas at the steps {steps.tolist()}"
+            "All workers must see the same folder of checkpoints; --checkpoints names it. "
+            f"Received: replicas at the steps {steps.tolist()}"
         )
     return steps[0]
 

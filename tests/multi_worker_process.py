@@ -37,7 +37,7 @@ class Training:
         with strategy.scope():
             model.optimizer.build(model.trainable_variables)
         self.checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
-        x, y = data()
+        x, y = map(tf.constant, data())
         num_replicas = strategy.num_replicas_in_sync
 
         @tf.function
