@@ -108,6 +108,14 @@ def name_targets(corpora):
     }
 
 
+def sentences(corpora, part="train"):
+    """Yields the sources and the targets of a part of all pairs as strings."""
+    for parts in corpora.values():
+        for sides in parts[part].batch(1000).as_numpy_iterator():
+            for side in sides:
+                yield from map(bytes.decode, side)
+
+
 def _load_pair(name, pair, data_dir):
     """Returns a dict from parts to datasets."""
     languages = source, target = pair.partition("-")[::2]

@@ -17,6 +17,7 @@ frequent to rare.
 import io
 import pathlib
 import tempfile
+import unicodedata
 
 import sentencepiece
 import tensorflow as tf
@@ -31,8 +32,8 @@ def learn(sentences, size, words=(), sample=2_000_000):
     """Learns a vocabulary.
 
     Args:
-        sentences: A `tf.data.Dataset` of sentences (string scalars): the training part, sources and
-            targets.
+        sentences: Strings: those of the training part, sources and targets, as
+            `parallel_text.sentences` yields them.
         size: How many ids there are, the special ones included.
         words: Strings that are one piece each wherever they stand as words of their own, such as
             `"<2fr>"`.
@@ -51,7 +52,7 @@ def learn(sentences, size, words=(), sample=2_000_000):
         rules.write_text(_NORMALISATION)
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=map(_normalize, sentences.as_numpy_iterator()),
+                sentence_iterator=(unicodedata.normalize("NFC", text) for text in sentences),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=size,
@@ -68,8 +69,8 @@ def learn(sentences, size, words=(), sample=2_000_000):
             )
         except RuntimeError as error:
             raise ValueError(
-                "The size must suit the sentences, which must be some: every word has an end, every "
-                f"character a piece. Received: size={size}, of which SentencePiece says {error}"
+                "There must be sentences, and a size between the number of their characters and that "
+                f"of their possible pieces. Received: size={size}; SentencePiece says {error}"
             ) from error
     return model.getvalue()
 
@@ -103,7 +104,3 @@ class WordPieces(tf.Module):
             piece.decode().replace(_SPACE, " ").strip() or " "
             for piece in self._tokenizer.id_to_string(tf.constant(ids, tf.int32)).numpy()
         ]
-
-
-def _normalize(sentence):
-    return tf_text.normalize_utf8(sentence, "NFC").numpy().decode()
