@@ -163,6 +163,7 @@ def train(side_by_side, words, args, shown=None):
         words["train"], args.words_per_batch, seed=args.seed, epochs=args.epochs
     )
     steps = len(batches)
+    side_by_side.build((None, None))  # Else nothing is known of its operations.
     return fit(
         side_by_side,
         batches,
@@ -180,7 +181,7 @@ def fit(side_by_side, batches, validation, optimizer, evaluations, callbacks):
     """Trains on each batch once, and evaluates now and then.
 
     Args:
-        side_by_side: A `SideBySide`.
+        side_by_side: A built `SideBySide`.
         batches: A dataset of the batches of all epochs.
         validation: A dataset of the batches of the validation part.
         optimizer: A Keras optimizer.
@@ -197,7 +198,6 @@ def fit(side_by_side, batches, validation, optimizer, evaluations, callbacks):
             f"{steps} batches for {evaluations} evaluations"
         )
     side_by_side.compile(optimizer)
-    side_by_side.build((None, None))
     history = side_by_side.fit(
         batches,
         epochs=evaluations,

@@ -106,6 +106,7 @@ def batches(pairs, words_per_batch, max_length=96, seed=None, epochs=1):
         source = tf.gather(pairs.sources, rows)
         return (source.to_tensor(), target.to_tensor()), words.to_tensor()
 
-    rows = schedule(lengths, words_per_batch, max_length, seed, epochs)
+    others = np.minimum(*(side.row_lengths().numpy() for side in pairs))
+    rows = schedule(lengths, words_per_batch, max_length, seed, epochs, others)
     dataset = tf.data.Dataset.from_tensor_slices(rows).map(gather)
     return dataset.prefetch(tf.data.AUTOTUNE)

@@ -191,6 +191,7 @@ def train(together, data, args):
         print(f"{left_out:,} pairs of more than {args.max_length} word pieces are left out.")
     batches = make_batches(short, args, seed=args.seed, epochs=args.epochs)
     steps = len(batches)
+    together.build((None, None))
     operations = sum(footprint(model).ops_per_timestep for model in together.models.values())
     softmax = sum(model.width * model.vocabulary_size for model in together.models.values())
     words = args.epochs * short.targets.flat_values.shape[0]

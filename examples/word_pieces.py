@@ -69,8 +69,8 @@ def learn(sentences, size, words=(), sample=2_000_000):
             )
         except RuntimeError as error:
             raise ValueError(
-                "There must be sentences, and a size between the number of their characters and that "
-                f"of their possible pieces. Received: size={size}; SentencePiece says {error}"
+                "There must be sentences, and a size between the number of their characters and "
+                f"that of their possible pieces. Received: size={size}; SentencePiece says {error}"
             ) from error
     return model.getvalue()
 
