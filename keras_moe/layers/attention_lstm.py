@@ -75,9 +75,7 @@ class AttentionLSTM(keras.layers.Layer):
             return t + 1, states, [a.write(t, r) for a, r in zip(made, results, strict=True)]
 
         start = (tf.constant(0), self.initial_states(size, 1), made)
-        _, _, made = tf.while_loop(
-            lambda t, *_: t < length, step, start, maximum_iterations=length
-        )
+        _, _, made = tf.while_loop(lambda t, *_: t < length, step, start, maximum_iterations=length)
         outputs = [ops.swapaxes(array.stack(), 0, 1) for array in made]
         outputs[0] = ops.reshape(outputs[0], (size, length, self.projection))
         return tuple(outputs) if return_attention_scores else outputs[0]

@@ -108,7 +108,7 @@ class ProductAttention(keras.layers.Layer):
         return Memory(value, ops.matmul(key, self.key_kernel), mask)
 
     def attend(self, query, memory):
-        """Looks up queries: [B, T, D_query] and a `Memory` to [B, T, V] and the weights [B, T, S]."""
+        """Looks up queries [B, T, D_query]: returns contexts [B, T, V] and weights [B, T, S]."""
         return self.weigh(ops.matmul(query, self.query_kernel), memory)
 
     def weigh(self, query, memory):
@@ -160,8 +160,9 @@ class AdditiveAttention(ProductAttention):
 
 
 def _checked(inputs):
-    """Returns a list of two or three, or raises ValueError."""
-    if not isinstance(inputs, (list, tuple)) or not 2 <= len(inputs) <= 3:
+    """Returns a list of two or three tensors or shapes, or raises ValueError."""
+    several = isinstance(inputs, (list, tuple)) and 2 <= len(inputs) <= 3
+    if not several or isinstance(inputs[-1], int):  # The shape of one tensor is a tuple, too.
         raise ValueError(
             "Attention is called with a list, [query, value] or [query, value, key]. "
             f"Received: {inputs!r}"

@@ -1,5 +1,6 @@
 """The paper's models, their presets and footprints."""
 
+from keras_moe.models.beam_search import Hypotheses, beam_search
 from keras_moe.models.footprint import Footprint, footprint
 from keras_moe.models.language_model import LanguageModel
 from keras_moe.models.presets import PRESETS, TABLE_7, TABLE_8, Preset
@@ -14,11 +15,13 @@ __all__ = [
     "TABLE_8",
     "TRANSLATION_PRESETS",
     "Footprint",
+    "Hypotheses",
     "LanguageModel",
     "Perplexity",
     "Preset",
     "TranslationModel",
     "TranslationPreset",
+    "beam_search",
     "footprint",
     "generate",
 ]

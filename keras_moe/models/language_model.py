@@ -140,6 +140,11 @@ class LanguageModel(WordModel):
         """The LSTMs behind the middle."""
         return self.lstms[(self.num_lstms + 1) // 2 :]
 
+    @property
+    def counted_layers(self):
+        """The layers whose operations `footprint` counts; some may be `None`."""
+        return [*self.lstms, self.middle]
+
     def encode(self, tokens, training=None):
         """What the middle sees: tokens [B, L] to [B, L, D]."""
         x = self.dropout(self.embedding(tokens), training=training)

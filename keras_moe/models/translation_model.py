@@ -1,10 +1,11 @@
 """The paper's translation model: an encoder and a decoder with a mixture of experts each."""
 
 import keras
-from keras import ops
+import tensorflow as tf
 
 from keras_moe.arguments import as_sizes, check_size
 from keras_moe.layers import AttentionLSTM, ProjectedLSTM
+from keras_moe.models.beam_search import beam_search
 from keras_moe.models.presets import get_preset
 from keras_moe.models.translation_presets import TRANSLATION_PRESETS
 from keras_moe.models.word_model import PADDING_ID, WordModel
@@ -92,7 +93,9 @@ class TranslationModel(WordModel):
         self.encoder_middle = encoder_middle
         self.decoder_middle = decoder_middle
         default_units = 4 * self.width
-        self.lstm_units = check_size("lstm_units", default_units if lstm_units is None else lstm_units)
+        self.lstm_units = check_size(
+            "lstm_units", default_units if lstm_units is None else lstm_units
+        )
         self.num_lstms = as_sizes("num_lstms", num_lstms, least=(2, 1))
         self.attention = attention
         self.seed = seed
@@ -159,10 +162,16 @@ class TranslationModel(WordModel):
         self.source_embedding.build((None, None))
         self.target_embedding.build((None, None))
         self.attention_lstm.build(sequences, sequences)
-        layers = [self.both_directions, *self.encoder_lstms, *self.decoder_lstms, self.softmax]
-        for layer in (*layers, self.encoder_middle, self.decoder_middle):
+        for layer in self.counted_layers:
             if layer is not None and not layer.built:  # What a configuration brings may be.
                 layer.build(sequences)
+
+    @property
+    def counted_layers(self):
+        """The layers whose operations `footprint` counts; some may be `None`."""
+        encoder = [self.both_directions, *self.encoder_lstms, self.encoder_middle]
+        decoder = [self.attention_lstm, *self.decoder_lstms, self.decoder_middle]
+        return [*encoder, *decoder, self.softmax]
 
     def encode(self, source, training=None):
         """The encoder: source [B, S] to [B, S, D]. What is behind a source's end is meaningless."""
@@ -181,6 +190,70 @@ class TranslationModel(WordModel):
         x = self.mix(self.decoder_middle, x, target != PADDING_ID, training)
         x = self.recur(self.decoder_lstms, x, training)
         return x if training else self.softmax(x)
+
+    def step(self, ids, states, memory):
+        """One step of the decoder, for W hypotheses about each source.
+
+        Args:
+            ids: The words before, integer [B, W]; a padded one meets no experts.
+            states: Those of the decoder's LSTMs, each a list of tensors [B, W, ...].
+            memory: What `attention_lstm.attention.remember` makes of the encoder's output.
+
+        Returns:
+            Log-probabilities [B, W, V], the next states, and the attention [B, W, S].
+        """
+        x = self.target_embedding(ids)
+        h, state, attention = self.attention_lstm.step(x, states[0], memory)
+        x, next_states = x + h, [state]
+        x = self.mix(self.decoder_middle, x, ids != PADDING_ID, training=None)
+        for lstm, state in zip(self.decoder_lstms, states[1:], strict=True):
+            h, state = lstm.cell(x, state)
+            x, next_states = x + h, [*next_states, state]
+        return self.softmax(x), next_states, attention
+
+    def translate(self, source, end_id, *, max_length=None, excluded=(), **options):
+        """Translates by `beam_search`, each source as if it were alone.
+
+        It runs in a graph as well, as a signature of `export_saved_model` is one, and faster:
+
+        ```python
+        translate = tf.function(functools.partial(model.translate, end_id=2))
+        ids = translate(source).ids[:, 0]  # the best translations
+        ```
+
+        Args:
+            source: Integer tensor [B, S], padded with 0.
+            end_id: The id of the end, which the model also reads before the first word.
+            max_length: Integer or tensor [B]: the most words of a translation, the end counted.
+                Default: twice as many as the source has, and ten.
+            excluded: Ids that are never taken, as that of unknown words; padding never is.
+            **options: `beam_width`, `length_penalty` and `coverage_penalty` of `beam_search`.
+
+        Returns:
+            `Hypotheses`: `ids` int32 [B, W, L], `lengths` [B, W] and `scores` [B, W], for each
+            source the best first.
+        """
+        source = tf.convert_to_tensor(source)
+        mask = source != PADDING_ID
+        memory = self.attention_lstm.attention.remember(self.encode(source), mask)
+        if max_length is None:
+            max_length = 2 * tf.reduce_sum(tf.cast(mask, tf.int32), axis=1) + 10
+        never = tf.one_hot([PADDING_ID, *excluded], self.vocabulary_size, True, False)
+        never = tf.reduce_any(never, axis=0)
+
+        def step(ids, states):
+            log_probs, states, attention = self.step(ids, states, memory)
+            return tf.where(never, -float("inf"), log_probs), states, attention
+
+        size = tf.shape(source)[0]
+        states = [self.attention_lstm.initial_states(size, 1)]
+        for lstm in self.decoder_lstms:
+            states.append(
+                [tf.zeros([size, 1, units], self.compute_dtype) for units in lstm.cell.state_size]
+            )
+        start = tf.fill([size], end_id)
+        options = {"end_id": end_id, "max_length": max_length, "source_mask": mask, **options}
+        return beam_search(step, states, start, **options)
 
     def get_config(self):
         return {
