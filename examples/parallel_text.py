@@ -15,6 +15,7 @@ import pathlib
 import django_catalogs
 import tensorflow as tf
 import tensorflow_datasets as tfds
+import tensorflow_datasets.translate  # noqa: F401  # Else there is no wmt14_translate.
 import text
 
 

@@ -40,7 +40,7 @@ def signatures(model, pieces, **options):
 
     Args:
         model: A built `TranslationModel`.
-        pieces: The `WordPieces` of its vocabulary; `track` must have it, too.
+        pieces: The `WordPieces` of its vocabulary.
         **options: Keyword arguments of `TranslationModel.translate`.
     """
     translate = translator(model, pieces, **options)

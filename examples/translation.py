@@ -126,7 +126,6 @@ def main(args):
         model,
         args.export,
         signatures=translating.signatures(model, pieces, **options),
-        track=[pieces],
         warm_up=translating.WARM_UP,
     )
     print(f"wrote {exported}")

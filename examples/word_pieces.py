@@ -22,6 +22,7 @@ import unicodedata
 import sentencepiece
 import tensorflow as tf
 import tensorflow_text as tf_text
+from sentencepiece import sentencepiece_model_pb2
 from vocabulary import EOS_ID, PADDING_ID, UNKNOWN_ID
 
 _SPACE = "▁"  # What SentencePiece writes a space as.
@@ -72,10 +73,12 @@ def learn(sentences, size, words=(), sample=2_000_000):
                 "There must be sentences, and a size between the number of their characters and "
                 f"that of their possible pieces. Received: size={size}; SentencePiece says {error}"
             ) from error
-    return model.getvalue()
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto.normalizer_spec.ClearField("normalization_rule_tsv")  # the path of a file that is gone
+    return proto.SerializeToString(deterministic=True)
 
 
-class WordPieces(tf.Module):
+class WordPieces:
     """Turns strings into ids and back.
 
     Args:
@@ -86,9 +89,14 @@ class WordPieces(tf.Module):
     """
 
     def __init__(self, model):
-        super().__init__()
-        self._tokenizer = tf_text.SentencepieceTokenizer(model)
+        self._model = model
         self.size = int(self._tokenizer.vocab_size())
+
+    @property
+    def _tokenizer(self):
+        # Anew for each graph: what it holds dies with the kernel that made it, as in
+        # `tf.random.set_seed` (https://github.com/tensorflow/text/issues/570).
+        return tf_text.SentencepieceTokenizer(self._model)
 
     def tokenize(self, strings):
         """Turns strings [B] into their ids, an int32 `tf.RaggedTensor` [B, (L)] without ends."""

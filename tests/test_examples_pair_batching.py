@@ -36,7 +36,7 @@ def test_targets_begin_with_the_end_of_the_one_before():
     pairs = Pairs(ragged([[5, 6, 2], [7, 2]]), ragged([[8, 2], [9, 10, 11, 2]]))
     # Longer sides of 3 and 4 positions, both in the bucket of up to 4: 8 positions hold both.
     assert as_lists(pair_batching.batches(pairs, words_per_batch=8, max_length=8)) == [
-        [[[7, 2, 0], [5, 6, 2]], [[2, 9, 10, 11], [2, 8, 0, 0]], [[9, 10, 11, 2], [8, 2, 0, 0]]]
+        [[[5, 6, 2], [7, 2, 0]], [[2, 8, 0, 0], [2, 9, 10, 11]], [[8, 2, 0, 0], [9, 10, 11, 2]]]
     ]
 
 

@@ -80,9 +80,16 @@ def test_padding_and_ends_leave_no_trace(pieces):
 
 def test_frequent_words_are_one_piece(pieces, sentences):
     ids = pieces.tokenize(sentences)
-    words = sum(len(text.split()) for text in sentences)
-    assert len(ids.flat_values) < 3 * words
+    assert len(ids.flat_values) < 0.6 * sum(map(len, sentences))  # two characters or so
     assert len(pieces.tokenize(["the"]).to_list()[0]) == 1
+
+
+def test_a_new_seed_does_no_harm(pieces):
+    in_graph = tf.function(pieces.tokenize, input_signature=[tf.TensorSpec([None], tf.string)])
+    before = [f(["Yes, no."]).to_list() for f in (pieces.tokenize, in_graph)]
+    tf.random.set_seed(1)  # It empties TensorFlow's cache of kernels.
+    assert [f(["Yes, no."]).to_list() for f in (pieces.tokenize, in_graph)] == before
+    assert restored(pieces, ["Yes, no."]) == ["Yes, no."]
 
 
 def test_equal_sentences_give_equal_vocabularies(sentences, model):
