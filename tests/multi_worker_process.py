@@ -77,7 +77,7 @@ def held(model):
 
 def main(folder, other_folder=None):
     """See above."""
-    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=30)
+    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=100)
     strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     resolver = strategy.cluster_resolver
     chief, own = keras_moe.distribute.is_chief(strategy), folder / str(resolver.task_id)

@@ -77,6 +77,8 @@ def gather_from_workers(strategy, rows):
 
 def replicas_of_worker(strategy):
     """The numbers of this process's replicas among all replicas of a strategy, a range."""
+    if strategy.num_replicas_in_sync == 1:  # TensorFlow's own strategy knows no devices.
+        return range(1)
     num_local = len(strategy.extended.worker_devices)
     if num_local == strategy.num_replicas_in_sync:
         return range(num_local)

@@ -79,12 +79,12 @@ class ShardedVariable(internals.DistributedVariable):
             rows = tf.concat([shard.read_value() for shard in self._values], axis=0)
         try:
             return internals.gather_from_workers(self.distribute_strategy, rows)
-        except tf.errors.DeadlineExceededError as error:
+        except (tf.errors.DeadlineExceededError, tf.errors.InternalError) as error:
             raise RuntimeError(
                 "Workers hold a part of the rows each, so that all of them must read the variable, "
                 "save the weights or save a checkpoint, and that in the same order; afterwards one "
-                "alone may go on with the result. Another worker has not come in time. Received: "
-                f"a read of {self.name!r} of shape {tuple(self.shape)}"
+                "alone may go on with the result. Another worker has done something else, or has "
+                f"not come in time. Received: a read of {self.name!r} of shape {tuple(self.shape)}"
             ) from error
 
     def _get_cross_replica(self):
