@@ -36,20 +36,6 @@ def as_pair(k):
     return tuple(pair)
 
 
-def as_sizes(name, value, least):
-    """Returns `value` as ints, or raises ValueError unless it is as many integers as `least` has.
-
-    Each must be at least what stands in the same place of `least`.
-    """
-    sizes = [_integer(number) for number in value] if isinstance(value, (tuple, list)) else []
-    fit = len(sizes) == len(least) and None not in sizes
-    if not fit or any(size < bound for size, bound in zip(sizes, least, strict=True)):
-        raise ValueError(
-            f"`{name}` must be {len(least)} integers, at least {least}. Received: {value!r}"
-        )
-    return tuple(sizes)
-
-
 def check_weight(name, value):
     """Returns `value`, or raises ValueError unless it is a finite number, not negative."""
     if _is_finite(value) and value >= 0:

@@ -1,4 +1,4 @@
-"""What the paper's tables count: operations per word, and parameters."""
+"""What Tables 7 and 8 count: operations per word, and parameters."""
 
 import math
 from typing import NamedTuple
@@ -6,13 +6,11 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_moe.models.language_model import LanguageModel
-from keras_moe.models.translation_model import TranslationModel
-from keras_moe.models.translation_presets import VOCABULARY_SIZE, TranslationPreset
 from keras_moe.sparse_moe import SparseMoE
 
 
 class Footprint(NamedTuple):
-    """The size of a model, as the tables of its kind count it.
+    """The size of a model without embedding and softmax.
 
     Attributes:
         ops_per_timestep: Multiply-adds of the forward pass for one word.
@@ -24,39 +22,28 @@ class Footprint(NamedTuple):
 
 
 def footprint(model):
-    """Counts operations and parameters as the paper's tables do.
+    """Counts operations and parameters as Tables 7 and 8 do.
 
     Operations are the multiply-adds of all matrices that a word meets: of the LSTMs, of the k
     experts chosen, and of the gating with the matrices of its noise; in a hierarchical gating those
-    of all groups and those within the groups chosen. Whatever is no product of matrices is left
-    out.
-
-    For language models (Tables 7 and 8) so are embedding and softmax, in both counts. For
-    translation models (Tables 2 to 5) the operations are those of one word of the source and one of
-    the target, the softmax counts, and all parameters do. So the published figures of GNMT come
-    out, 214M and 278M: 180M in its LSTMs, 33M in the softmax and in each embedding. The product of
-    each word of the target with each of the source, which attention is, is left out.
+    of all groups and those within the groups chosen. Embedding and softmax are left out, and so is
+    whatever is no product of matrices.
 
     Args:
-        model: A `LanguageModel` or `TranslationModel`; or a `Preset`, a `TranslationPreset` or the
-            name of a `Preset`, whose model is then built without its values, so that 137 billion
-            parameters are counted at once. A `TranslationPreset` has 32,000 word pieces.
+        model: A `LanguageModel`; or a `Preset` or its name, whose model is then built without its
+            values, so that 137 billion parameters are counted at once.
 
     Returns:
         A `Footprint`.
     """
-    if not isinstance(model, (LanguageModel, TranslationModel)):
+    if not isinstance(model, LanguageModel):
         with tf.variable_creator_scope(_without_values):
-            if isinstance(model, TranslationPreset):
-                model = TranslationModel.from_preset(model, VOCABULARY_SIZE)
-            else:
-                model = LanguageModel.from_preset(model, vocabulary_size=1)
+            model = LanguageModel.from_preset(model, vocabulary_size=1)
             _build(model)
-    layers = [layer for layer in model.counted_layers if layer is not None]
-    whole = isinstance(model, TranslationModel)
+    layers = [*model.lstms, *([] if model.middle is None else [model.middle])]
     return Footprint(
         sum(_operations(layer) for layer in layers),
-        sum(_size(w) for part in ([model] if whole else layers) for w in part.trainable_weights),
+        sum(_size(weight) for layer in layers for weight in layer.trainable_weights),
     )
 
 
@@ -67,11 +54,10 @@ def _without_values(next_creator, **kwargs):
 
 
 def _build(model):
-    for layer in model.counted_layers:
-        if isinstance(layer, SparseMoE):
-            # By their `build`: a symbolic call would multiply by what has no shape.
-            for part in (layer.gating, layer.experts):
-                part.build((None, model.width))
+    if isinstance(model.middle, SparseMoE):
+        # By their `build`: a symbolic call would multiply by what has no shape.
+        for part in (model.middle.gating, model.middle.experts):
+            part.build((None, model.width))
     model.build((None, None))
 
 
