@@ -36,6 +36,18 @@ def as_pair(k):
     return tuple(pair)
 
 
+def check_pair(k, num_groups, experts_per_group):
+    """Returns `k` as two ints, or raises ValueError unless they are within the sizes."""
+    k = as_pair(k)
+    if not (1 <= k[0] <= num_groups and 1 <= k[1] <= experts_per_group):
+        raise ValueError(
+            "`k`, the groups chosen per example and the experts chosen in each, must be "
+            "between 1 and `num_groups` and between 1 and `experts_per_group`. Received: "
+            f"k={k}, num_groups={num_groups}, experts_per_group={experts_per_group}"
+        )
+    return k
+
+
 def as_sizes(name, value, least):
     """Returns `value` as ints, or raises ValueError unless it is as many integers as `least` has.
 

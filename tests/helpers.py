@@ -9,6 +9,7 @@ from keras.ops import convert_to_numpy as numpy
 from reference_hierarchical import hierarchical_moe
 
 from keras_moe import (
+    HierarchicalBalancedGating,
     HierarchicalGating,
     HierarchicalMoE,
     NoisyTopKGating,
@@ -25,6 +26,7 @@ GATINGS = {
 }
 # Weights that may be without a gradient outside training: noise is not drawn, and a threshold cuts.
 IDLE_AT_INFERENCE = {"noise_kernel", "primary_noise", "secondary_noise", "thresholds"}
+IDLE_AT_INFERENCE |= {"primary_thresholds", "secondary_thresholds"}
 
 
 def examples(number=EXAMPLES, seed=0):
@@ -66,7 +68,8 @@ def oracle(layer, x, *, training, upstream=None, mask=None):
     if shared is not None:
         arguments["shared_kernels"] = [numpy(kernel) for kernel in shared.kernels]
         arguments["shared_biases"] = [numpy(bias) for bias in shared.biases] or None
-    hierarchical = isinstance(gating, HierarchicalGating)
+    balanced = isinstance(gating, HierarchicalBalancedGating)
+    hierarchical = isinstance(gating, HierarchicalGating) or balanced
     if training and getattr(gating, "noise", False):
         generator = keras.random.SeedGenerator(gating.seed)
         shapes = [(len(x), gating.num_groups if hierarchical else gating.num_experts)]
@@ -76,6 +79,7 @@ def oracle(layer, x, *, training, upstream=None, mask=None):
         arguments["normals"] = normals if hierarchical else normals[0]
     if hierarchical:
         function = hierarchical_moe
+        arguments |= {"balanced_in_training": training} if balanced else {}
     else:
         function = reference.sparse_moe
         arguments |= {"gating": GATINGS[type(gating)], "training": training}

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from keras_moe.arguments import check_size
@@ -116,12 +117,12 @@ class ProductAttention(keras.layers.Layer):
         key = ops.swapaxes(ops.tanh(memory.key), -1, -2)
         scores = ops.matmul(ops.tanh(query) * self.scale, key)
         scores = ops.cast(scores, "float32")  # The softmax of a long source needs its precision.
+        # Not by Keras' softmax, which warns of a source of one step.
         if memory.mask is None:
-            weights = ops.softmax(scores)
+            weights = tf.nn.softmax(scores)
         else:
             mask = memory.mask[:, None, :]
-            weights = ops.softmax(ops.where(mask, scores, -1e9))
-            weights = ops.where(mask, weights, 0.0)
+            weights = ops.where(mask, tf.nn.softmax(ops.where(mask, scores, -1e9)), 0.0)
         weights = ops.cast(weights, self.compute_dtype)
         return ops.matmul(weights, memory.value), weights
 

@@ -89,8 +89,9 @@ def _operations(layer):
 
 
 def _matrices(layer):
-    """The sizes of all matrices of a layer. A bias multiplies nothing."""
-    return sum(_size(weight) for weight in layer.trainable_weights if len(weight.shape) == 2)
+    """The sizes of all matrices of a layer. A bias multiplies nothing, nor does a threshold."""
+    weights = [w for w in layer.trainable_weights if "thresholds" not in w.name]
+    return sum(_size(weight) for weight in weights if len(weight.shape) == 2)
 
 
 def _size(weight):

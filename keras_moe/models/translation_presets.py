@@ -27,11 +27,12 @@ class TranslationPreset(Preset):
     dropout: float = 0.4
 
 
+# As in Table 7, the first branching of a hierarchical mixture is the number of GPUs: up to 64.
 TRANSLATION_PRESETS = {
     "no-experts": TranslationPreset(),
     "MoE-32": TranslationPreset(num_experts=32),
-    "MoE-512": TranslationPreset(num_experts=512),
-    "MoE-2048": TranslationPreset(num_experts=2048),
+    "MoE-512": TranslationPreset(num_experts=512, num_groups=64, k=(2, 2)),
+    "MoE-2048": TranslationPreset(num_experts=2048, num_groups=64, k=(2, 2)),
     # The paper names no dropout for it; its training data is larger than any single pair's.
     "multilingual": TranslationPreset(
         num_experts=512, hidden_units=8192, k=2, gating="noisy_top_k"
