@@ -20,10 +20,10 @@ class HierarchicalBalancedGating(BalancedGating):
     The paper's larger translation models have hierarchical mixtures with strictly balanced gating
     and do not say how the two go together. Here both levels are as `StrictlyBalancedGating`: each
     of the A groups keeps in training the ceil(k_primary·|X| / A) examples of the batch that it
-    scores highest, X⁽ⁱ⁾, and of those each of its B experts the ceil(k_secondary·|X⁽ⁱ⁾| / B) that it
-    scores highest. At inference groups and experts take the examples above thresholds of their own.
-    The gate of expert j of group i is the product G_primary(x)_i · G_i(x)_j (equation 12). Each
-    example meets the secondary kernels of its groups and no others.
+    scores highest, X⁽ⁱ⁾, and of those each of its B experts the ceil(k_secondary·|X⁽ⁱ⁾| / B) that
+    it scores highest. At inference groups and experts take the examples above thresholds of their
+    own. The gate of expert j of group i is the product G_primary(x)_i · G_i(x)_j (equation 12).
+    Each example meets the secondary kernels of its groups and no others.
 
     Args:
         num_groups: A, the number of groups.
