@@ -197,6 +197,8 @@ def fit(side_by_side, batches, validation, optimizer, evaluations, callbacks):
             "The text must be long enough for a batch before each evaluation. Received: "
             f"{steps} batches for {evaluations} evaluations"
         )
+    # Else TensorFlow traces the first step twice: once more when the variables are there.
+    optimizer.build(side_by_side.trainable_variables)
     side_by_side.compile(optimizer)
     history = side_by_side.fit(
         batches,

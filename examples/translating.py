@@ -12,72 +12,64 @@ MAX_PIECES = 256  # A source as long as a book would take all memory of a server
 WARM_UP = {"serving_default": {"sentences": ["Good morning."]}}
 
 
-def translator(model, pieces, **options):
-    """Returns a function that translates a batch.
-
-    Args:
-        model: A built `TranslationModel`.
-        pieces: The `WordPieces` of its vocabulary.
-        **options: Keyword arguments of `TranslationModel.translate`.
-
-    Returns:
-        A function from int32 [B, S], sources with their ends, to the best translation of each,
-        string [B], and its score, float32 [B].
-    """
-
-    def translate(sources):
-        found = model.translate(sources, EOS_ID, excluded=[UNKNOWN_ID], **options)
-        return pieces.detokenize(found.ids[:, 0]), found.scores[:, 0]
-
-    return translate
-
-
-def signatures(model, pieces, **options):
-    """The signatures of an export, for `keras_moe.export_saved_model`.
-
-    - `serving_default`: `sentences` string [B] to `translations` string [B] and their `scores`
-      float32 [B]. Of a sentence of more than 255 word pieces the first 255 count.
+class Translator:
+    """Translates by beam search, the best translation of each source.
 
     Args:
         model: A built `TranslationModel`.
         pieces: The `WordPieces` of its vocabulary.
         **options: Keyword arguments of `TranslationModel.translate`.
     """
-    translate = translator(model, pieces, **options)
 
-    def serve(sentences):
-        ids = with_end(pieces.tokenize(sentences)[:, : MAX_PIECES - 1])
-        translations, scores = translate(ids.to_tensor())
-        return {"translations": translations, "scores": scores}
+    def __init__(self, model, pieces, **options):
+        self.model, self.pieces, self.options = model, pieces, options
+        signature = [tf.TensorSpec([None, None], tf.int32)]
+        self._in_graph = tf.function(self.translate, input_signature=signature, autograph=False)
 
-    return {"serving_default": (serve, [tf.TensorSpec([None], tf.string)])}
+    def translate(self, sources):
+        """Translates a batch.
 
+        Args:
+            sources: int32 tensor [B, S], each with its end, padded with 0.
 
-def translate_all(model, pieces, sources, words_per_batch, **options):
-    """Translates any number of sources, those of like length together.
+        Returns:
+            The translations, string [B], and their scores, float32 [B].
+        """
+        found = self.model.translate(sources, EOS_ID, excluded=[UNKNOWN_ID], **self.options)
+        return self.pieces.detokenize(found.ids[:, 0]), found.scores[:, 0]
 
-    Args:
-        model: A built `TranslationModel`.
-        pieces: The `WordPieces` of its vocabulary.
-        sources: int32 `tf.RaggedTensor` [sources, (pieces)] with their ends.
-        words_per_batch: The most positions of a batch, times the width of the beam.
-        **options: Keyword arguments of `TranslationModel.translate`.
+    def translate_all(self, sources, words_per_batch):
+        """Translates any number of sources, those of like length together.
 
-    Returns:
-        A list of strings, in the order of the sources.
-    """
-    signature = [tf.TensorSpec([None, None], tf.int32)]
-    translate = tf.function(
-        translator(model, pieces, **options), input_signature=signature, autograph=False
-    )
-    lengths = sources.row_lengths().numpy()
-    longest = int(lengths.max())
-    positions = max(longest, words_per_batch // options.get("beam_width", 4))
-    translations = np.empty(len(lengths), object)
-    for rows in batching.schedule(lengths, positions, longest, seed=None, epochs=1):
-        strings, _ = translate(tf.gather(sources, rows).to_tensor())
-        translations[rows] = [string.decode() for string in strings.numpy()]
-    return translations.tolist()
+        Args:
+            sources: int32 `tf.RaggedTensor` [sources, (pieces)], each with its end.
+            words_per_batch: The most positions of a batch, those of each hypothesis counted.
+
+        Returns:
+            A list of strings, in the order of the sources.
+        """
+        lengths = sources.row_lengths().numpy()
+        longest = int(lengths.max())
+        positions = max(longest, words_per_batch // self.options.get("beam_width", 4))
+        translations = np.empty(len(lengths), object)
+        for rows in batching.schedule(lengths, positions, longest, seed=None, epochs=1):
+            strings, _ = self._in_graph(tf.gather(sources, rows).to_tensor())
+            translations[rows] = [string.decode() for string in strings.numpy()]
+        return translations.tolist()
+
+    def signatures(self):
+        """The signatures of an export, for `keras_moe.export_saved_model`.
+
+        - `serving_default`: `sentences` string [B] to `translations` string [B] and their `scores`
+          float32 [B]. Of a sentence of more than 255 word pieces the first 255 count.
+        """
+
+        def serve(sentences):
+            ids = with_end(self.pieces.tokenize(sentences)[:, : MAX_PIECES - 1])
+            translations, scores = self.translate(ids.to_tensor())
+            return {"translations": translations, "scores": scores}
+
+        return {"serving_default": (serve, [tf.TensorSpec([None], tf.string)])}
 
 
 def attention(model, source, words):

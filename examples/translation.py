@@ -35,6 +35,7 @@ import word_pieces
 from bleu import bleu, signature
 from django_catalogs import DjangoCatalogs
 from experiment import SideBySide, heading
+from translating import Translator
 
 import keras_moe
 from keras_moe.callbacks import Throughput
@@ -109,9 +110,12 @@ def main(args):
         "length_penalty": args.length_penalty,
         "coverage_penalty": args.coverage_penalty,
     }
+    translators = {
+        name: Translator(model, pieces, **options) for name, model in together.models.items()
+    }
     results, shown = {}, {}
     for pair, parts in data.items():
-        results[pair], translations = compare(together, parts["test"], pieces, options, args)
+        results[pair], translations = compare(together, parts["test"], translators, args)
         print(f"{pair}:")
         report.print_table(results[pair])
         show(parts["test"], translations, pieces, number=max(1, 6 // len(data)))
@@ -125,7 +129,7 @@ def main(args):
     exported = keras_moe.export_saved_model(
         model,
         args.export,
-        signatures=translating.signatures(model, pieces, **options),
+        signatures=translators[name].signatures(),
         warm_up=translating.WARM_UP,
     )
     print(f"wrote {exported}")
@@ -220,16 +224,14 @@ def sizes(together):
     }
 
 
-def compare(together, pairs, pieces, options, args):
+def compare(together, pairs, translators, args):
     """Returns the rows of the table of held-out pairs, and their translations by model."""
     logs = together.evaluate(make_batches(pairs, args), return_dict=True, verbose=0)
-    references = strings(pairs.targets, pieces)
     rows, translations = {}, {}
-    for name, model in together.models.items():
-        translations[name] = translating.translate_all(
-            model, pieces, pairs.sources, args.words_per_batch, **options
-        )
-        operations, parameters = footprint(model)
+    for name, translator in translators.items():
+        references = strings(pairs.targets, translator.pieces)
+        translations[name] = translator.translate_all(pairs.sources, args.words_per_batch)
+        operations, parameters = footprint(translator.model)
         rows[name] = {
             "perplexity": logs[f"{name}/perplexity"],
             "BLEU": bleu(translations[name], references),

@@ -12,6 +12,7 @@ import tensorflow as tf
 import translating
 import translation
 import word_pieces
+from translating import Translator
 from vocabulary import EOS_ID
 
 from keras_moe.models import TranslationModel
@@ -82,17 +83,16 @@ def test_the_export_translates_strings_without_keras_moe(ran):
     args, _, _ = ran
     expected = json.loads((args.output / "expected.json").read_text(encoding="utf-8"))
     assert len(expected) == 12  # of each pair: lines 19, 39, ... of a hundred blocks, six in all
-    command = [sys.executable, translation.ROOT / "examples" / "translate.py", args.export / "1"]
-    sentence = next(iter(expected))
-    answer = subprocess.run([*command, sentence, ""], capture_output=True, text=True, check=True)
-    assert answer.stdout.startswith(f"  {sentence} … {expected[sentence]}\n")
-
+    (sentence, translation_found), *_ = expected.items()
     wrong = args.output / "wrong.json"
-    wrong.write_text(json.dumps({sentence: "something else"}), encoding="utf-8")
-    answer = subprocess.run([*command, "--expected", wrong], capture_output=True, text=True)
-    assert answer.returncode == 1
-    assert "1 translations, 1 other than" in answer.stdout
+    wrong.write_text(json.dumps({"": "something else"}), encoding="utf-8")
+    script = translation.ROOT / "examples" / "translate.py"
+    command = [sys.executable, script, args.export / "1", sentence, "--expected", wrong]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.stdout.startswith(f"  {sentence} … {translation_found}\n   … ")
+    assert "    expected: something else\n1 translations, 1 other than" in answer.stdout
     assert "does not translate as the trained one did" in answer.stderr
+    assert answer.returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -131,18 +131,18 @@ def model(pieces):
 def test_translations_are_in_the_order_of_the_sources(model, pieces):
     texts = ["Yes", "a much longer sentence than the others are", "No", "", "Add another", "Yes"]
     sources = tf.concat([pieces.tokenize(texts), tf.fill([6, 1], EOS_ID)], axis=1)
-    options = {"beam_width": 2, "max_length": 8}
     # A batch each for the longest and for the others, against one of its own for each.
-    together = translating.translate_all(model, pieces, sources, 40, **options)
-    translate = translating.translator(model, pieces, **options)
-    alone = [translate(sources[i : i + 1].to_tensor())[0][0] for i in range(6)]
+    translator = Translator(model, pieces, beam_width=2, max_length=8)
+    together = translator.translate_all(sources, 40)
+    alone = [translator.translate(sources[i : i + 1].to_tensor())[0][0] for i in range(6)]
     assert together == [string.numpy().decode() for string in alone]
     assert len(set(together)) > 2 and together[0] == together[-1]
 
 
 def test_the_signature_cuts_what_is_too_long(model, pieces):
-    serve, _ = translating.signatures(model, pieces, beam_width=1, max_length=4)["serving_default"]
-    longest = "+ " * (translating.MAX_PIECES - 1)
+    translator = Translator(model, pieces, beam_width=1, max_length=4)
+    serve, _ = translator.signatures()["serving_default"]
+    longest = "漢" * 84 + "Ж"  # a space, then the bytes of characters without a piece: three, two
     assert len(pieces.tokenize([longest]).to_list()[0]) == translating.MAX_PIECES - 1
     answers = serve(tf.constant([longest, longest + "Yes", "Yes"]))
     first, second, _ = answers["translations"].numpy()
