@@ -26,14 +26,15 @@ import sys
 import tempfile
 import time
 
+import batching
 import experiment
 import keras
 import numpy as np
 import tensorflow as tf
-import text
 from experiment import heading, read_words
 
 import keras_moe
+from keras_moe.distribute import ExpertParallel, is_chief
 from keras_moe.models import LanguageModel
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,20 +44,11 @@ def parse_arguments(arguments=None):
     """Reads the command line."""
     options = (
         ("workers", 0, "processes to start on this machine; 0 to be the one that TF_CONFIG says"),
-        ("vocabulary-size", 6000, "words that the model knows"),
-        ("width", 32, "units of the embedding and of every layer"),
         ("num-experts", 64, "experts of the mixture, a multiple of the number of replicas"),
         ("hidden-units", 128, "hidden units of an expert"),
         ("k", 4, "experts per word"),
         ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
-        ("dropout", 0.1, "part of every layer's output to drop"),
-        ("words-per-batch", 4096, "positions per batch of all workers"),
-        ("epochs", 3, "passes over the training text"),
         ("steps", 0, "steps to end after; 0 for all of the epochs"),
-        ("learning-rate", 0.012, "highest learning rate of Adam"),
-        ("warm-up", 100, "steps until the learning rate is there"),
-        ("num-sampled", 512, "words that the training's softmax draws per batch"),
-        ("seed", 0, "seed of the weights, the noise and the batches"),
         ("show-every", 20, "steps between two lines of output"),
         ("save-every", 100, "steps between two checkpoints"),
         ("checkpoints", ROOT / "results" / "multi_worker", "folder that all workers see"),
@@ -114,11 +106,13 @@ def main(args):
 
 def train(strategy, args):
     """Trains, from the last checkpoint on, and evaluates."""
-    chief = keras_moe.distribute.is_chief(strategy)
+    chief = is_chief(strategy)
     if not chief:
         sys.stdout = open(os.devnull, "w")  # One worker is enough to tell.
     words, lookup = read_words(args)
-    batches = text.batches(words["train"], args.words_per_batch, seed=args.seed, epochs=args.epochs)
+    batches = batching.batches(
+        words["train"], args.words_per_batch, seed=args.seed, epochs=args.epochs
+    )
     num_steps = args.steps or len(batches)
 
     num_replicas = strategy.num_replicas_in_sync
@@ -144,12 +138,12 @@ def train(strategy, args):
             seed=args.seed,
         )
         model.build((None, None))
-        schedule = keras_moe.optimizers.WarmupInverseSqrt(args.learning_rate, args.warm_up)
-        optimizer = keras_moe.distribute.ExpertParallel(keras.optimizers.Adam(schedule))
+        optimizer = ExpertParallel(experiment.make_optimizer(args, len(batches)))
         optimizer.build(model.trainable_variables)
 
     # All workers save, as each has experts that the others lack. The file of one has everything.
-    # The variables include the states of all seeds, so that the noise goes on where it was.
+    # The variables include the states of all seeds, so that noise and dropout go on where they
+    # were. Only the words that the softmax draws have no state that could be saved.
     checkpoint = tf.train.Checkpoint(model=model, optimizer=optimizer, variables=model.variables)
     folder = args.checkpoints if chief else tempfile.mkdtemp()
     manager = tf.train.CheckpointManager(checkpoint, folder, max_to_keep=2)
@@ -208,7 +202,7 @@ def train(strategy, args):
 
     heading("Held-out text: perplexity per word, end of sentence counted")
     total = num_words = 0
-    for batch in text.batches(words["validation"], args.words_per_batch):
+    for batch in batching.batches(words["validation"], args.words_per_batch):
         total += evaluation_step(*batch).numpy()
         num_words += np.count_nonzero(batch[1])
     print(f"perplexity {np.exp(total / num_words):.2f}")
@@ -232,4 +226,4 @@ def check_all_are_at_the_same_step(strategy, optimizer):
 
 
 if __name__ == "__main__":
-    experiment.run(main, parse_arguments())
+    experiment.run(main, parse_arguments)
