@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from multi_worker_process import STEPS, Training
-from replicas import assert_equal_training, state
+from replicas import assert_equal_training, state, strategy
 
 import keras_moe
 from keras_moe.distribute import internals
@@ -199,3 +199,21 @@ def test_ranks_are_in_the_order_of_names():
 
     # What 12 processes have shown. Sorted: task:0, task:1, task:10, task:11, task:2, ..., task:9.
     assert internals._ranks(Strategy) == [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 2, 3]
+
+
+def test_rows_find_replicas_whose_ranks_are_others(monkeypatch):
+    # Device i of three has rank i, and is made replica 0, 2 and 1 here: replica 1 has rank 2.
+    ids = [0, 2, 1]
+    monkeypatch.setattr(internals, "_ranks", lambda strategy: [0, 2, 1])
+    three = strategy(3)
+
+    @tf.function
+    def send():
+        def of_replica():
+            mine = tf.constant(ids)[internals.local_replica()]
+            return internals.all_to_all(10 * mine + tf.range(3))  # to replica r: "mine, r"
+
+        return three.run(of_replica).values
+
+    for mine, received in zip(ids, send(), strict=True):
+        np.testing.assert_array_equal(received, [mine, 10 + mine, 20 + mine])
