@@ -14,6 +14,7 @@ work by `--models` and `--seed`. It ends with the table and the picture of all t
 
 import dataclasses
 import json
+import math
 import pathlib
 import time
 
@@ -29,7 +30,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 _FLAT = {f"MoE-{n}": {"num_experts": n} for n in (4, 16, 64, 256)}
 _HIERARCHICAL = {  # As many groups as experts in a group.
-    f"MoE-{n}-h": {"num_experts": n, "num_groups": int(n**0.5), "k": (2, 2)}
+    f"MoE-{n}-h": {"num_experts": n, "num_groups": math.isqrt(n), "k": (2, 2)}
     for n in (4, 16, 64, 256)
 }
 _DENSE = {
@@ -38,10 +39,11 @@ _DENSE = {
     "LSTMs": {"num_experts": 0},
 }
 MODELS = {**_DENSE, **_FLAT, **_HIERARCHICAL}
-# What decides a result; runs are compared only where it is equal.
+# What decides a result, as the evaluations do by the steps that are left over; runs are compared
+# only where all of it is equal.
 _SETTINGS = (
     "text dataset vocabulary_size width hidden_units balance_loss_weight dropout words_per_batch "
-    "epochs optimizer learning_rate schedule warm_up num_sampled"
+    "epochs evaluations optimizer learning_rate schedule warm_up num_sampled"
 ).split()
 
 

@@ -1,8 +1,10 @@
 """Sentences of raw text, in three parts: training, validation, test.
 
-splits = text.load_dataset()                            # or text.load_files(paths)
-for sentence in splits["train"]:
-    ...                                                 # a string scalar
+    splits = text.load_dataset()                            # or text.load_files(paths)
+    for sentence in splits["train"]:
+        ...                                                 # a string scalar
+
+Of a dataset of tensorflow-datasets, or of text files.
 """
 
 import bz2
@@ -146,19 +148,19 @@ def _read_lines(path):
     if not path.is_file():
         raise FileNotFoundError(f"The text file must exist. Received: {str(path)!r}")
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
-            lines = [line.rstrip("\r\n") for line in file if line.strip()]
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            lines = file.read().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(
             "The text file must be UTF-8; `iconv -f ISO-8859-1 -t UTF-8` converts a Latin-1 one. "
-            f"Received: {str(path)!r}, byte {error.object[error.start]:#04x}"
+            f"Received: {str(path)!r}, byte {error.object[error.start]:#04x} at {error.start}"
         ) from error
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
+    except (EOFError, lzma.LZMAError, OSError) as error:
         raise ValueError(
-            f"The file must be whole and compressed as its name says. Received: {str(path)!r}: "
-            f"{error}"
+            "The text file must be readable, whole and compressed as its name says. Received: "
+            f"{str(path)!r}: {error}"
         ) from error
-    return lines
+    return [line for line in lines if line.strip()]
 
 
 def _prepare(builder):

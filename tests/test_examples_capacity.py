@@ -81,6 +81,8 @@ def test_a_run_goes_on_where_it_was_interrupted(arguments, monkeypatch, capsys):
     assert capacity.main(args) == rows
     with pytest.raises(ValueError, match=r"same settings.*MoE.* with learning_rate=0.01, now 0.02"):
         capacity.main(arguments("--learning-rate", "0.02"))
+    with pytest.raises(ValueError, match=r"same settings.*with evaluations=2, now 1"):
+        capacity.main(arguments("--evaluations", "1"))
     result = json.loads((args.output / "MoE-4-h-seed0.json").read_text())
     assert len(result["validation"]) == 2 and result["words/s"] > 0
 
