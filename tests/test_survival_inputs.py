@@ -109,7 +109,9 @@ def test_all_examples_to_one_expert(make):
     routing = layer.route(x)
     only = np.eye(layer.num_experts)[3]
     np.testing.assert_array_equal(routing.load, 20 * only)
-    np.testing.assert_array_equal(routing.importance, 20 * only)
+    # TensorFlow's softmax of a sure choice is 1 - 2^-24, the float32 below 1, on some processors.
+    # Each level has one such factor: two of 2^-24, and the sum of 20 rounds by as much again.
+    np.testing.assert_allclose(routing.importance, 20 * only, rtol=1e-6)
     up, down = (numpy(kernel)[3] for kernel in layer.experts.kernels)
     y = layer(x)
     np.testing.assert_allclose(y, np.maximum(x @ up, 0) @ down, rtol=1e-4, atol=1e-5)
