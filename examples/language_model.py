@@ -70,7 +70,7 @@ def main(args):
     together = SideBySide(models)
     history = train(together, words, args)
     speeds = (history.history[column] for column in ("words_per_second", "tflops_per_device"))
-    print("{:,.0f} words per second, {:.4f} TFLOPS".format(*map(np.median, speeds)))
+    print("{:,.0f} words per second, {:.3g} TFLOPS".format(*map(np.median, speeds)))
 
     heading("Held-out text: perplexity per word, end of sentence counted")
     results = compare(together, words["test"], args)
