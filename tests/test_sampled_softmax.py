@@ -83,6 +83,34 @@ def test_loss_and_gradients_come_closer_to_the_whole_softmax_the_more_is_drawn(c
     assert np.all(all_words < 0.05)
 
 
+def test_loss_and_gradients_are_those_of_tensorflow(case):
+    hidden, targets, weights = case
+    softmax, hidden = made(12, weights), tf.constant(hidden)
+    softmax.seed = 5
+    kernel, bias = (weight.value for weight in softmax.weights)
+
+    @tf.function
+    def theirs():
+        return tf.nn.sampled_softmax_loss(
+            tf.transpose(kernel), bias, targets[:, None], hidden, 12, VOCABULARY, seed=5
+        )
+
+    @tf.function
+    def ours():
+        return softmax.sampled_loss(hidden, tf.constant(targets))
+
+    results = []
+    for loss in (ours, theirs):
+        tf.random.set_seed(1)  # Both draw the same words.
+        with tf.GradientTape() as tape:
+            tape.watch(hidden)
+            losses = loss()
+        gradients = tape.gradient(losses, [hidden, kernel, bias])
+        results.append([losses, *map(tf.convert_to_tensor, gradients)])
+    for mine, wanted in zip(*results, strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_no_more_words_are_drawn_than_there_are():
     assert SampledSoftmax(VOCABULARY, 1000).num_sampled == VOCABULARY
 

@@ -45,15 +45,28 @@ class SampledSoftmax(keras.layers.Dense):
 
     def sampled_loss(self, hidden, targets):
         """Estimates the cross-entropy: hidden [T, D] and targets [T] to float [T]."""
-        return tf.nn.sampled_softmax_loss(
-            weights=tf.transpose(self.kernel),
-            biases=tf.convert_to_tensor(self.bias),
-            labels=targets[:, None],
-            inputs=ops.cast(hidden, self.variable_dtype),
+        drawn, target_chances, chances = tf.random.log_uniform_candidate_sampler(
+            tf.cast(targets, "int64")[:, None],
+            num_true=1,
             num_sampled=self.num_sampled,
-            num_classes=self.units,
+            unique=True,
+            range_max=self.units,
             seed=self.seed,
         )
+        targets, drawn = tf.cast(targets, "int32"), tf.cast(drawn, "int32")
+        hidden = ops.cast(hidden, self.variable_dtype)
+        words = tf.concat([targets, drawn], axis=0)
+        kernel = tf.gather(tf.transpose(self.kernel), words)
+        bias = tf.gather(tf.convert_to_tensor(self.bias), words)
+        bias -= tf.math.log(tf.concat([target_chances[:, 0], chances], axis=0))
+
+        num_targets = tf.shape(targets)[0]
+        target = tf.reduce_sum(hidden * kernel[:num_targets], axis=1) + bias[:num_targets]
+        others = tf.matmul(hidden, kernel[num_targets:], transpose_b=True)
+        others = tf.nn.bias_add(others, bias[num_targets:])
+        # A word is no rival of itself.
+        others = tf.where(drawn == targets[:, None], others.dtype.min, others)
+        return _cross_entropy(target, others)
 
     def get_config(self):
         layer = keras.layers.Layer.get_config(self)  # Dense has options that are fixed here.
@@ -63,3 +76,21 @@ class SampledSoftmax(keras.layers.Dense):
             "num_sampled": self.num_sampled,
             "seed": self.seed,
         }
+
+
+@tf.custom_gradient
+def _cross_entropy(target, others):
+    """-log of the softmax of one logit beside others: [T] and [T, S] to [T].
+
+    TensorFlow's takes both in one tensor, and labels as large: copies that cost as much again.
+    """
+    largest = tf.maximum(tf.reduce_max(others, axis=1), target)
+    target_share = tf.exp(target - largest)
+    shares = tf.exp(others - largest[:, None])
+    total = tf.reduce_sum(shares, axis=1) + target_share
+
+    def gradient(upstream):
+        scale = upstream / total
+        return scale * target_share - upstream, scale[:, None] * shares
+
+    return tf.math.log(total) + largest - target, gradient
