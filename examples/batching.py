@@ -46,36 +46,36 @@ def batches(sentences, words_per_batch, max_length=64, seed=None, epochs=1):
         for parts in ([eos, sentences], [sentences, eos])
     )
 
-    schedule = _schedule(lengths, words_per_batch, max_length, seed, epochs)
-    dataset = tf.data.Dataset.from_tensor_slices(schedule).map(
+    rows = schedule(lengths, words_per_batch, max_length, seed, epochs)
+    dataset = tf.data.Dataset.from_tensor_slices(rows).map(
         lambda rows: tuple(tf.gather(words, rows).to_tensor() for words in (inputs, targets))
     )
     return dataset.prefetch(tf.data.AUTOTUNE)
 
 
-def _schedule(lengths, words_per_batch, max_length, seed, epochs):
+def schedule(lengths, words_per_batch, max_length, seed, epochs, others=None):
     """Returns the rows of each batch, a `tf.RaggedTensor` [steps, (B)].
 
     Bucketed by length as `tf.data.Dataset.bucket_by_sequence_length` does, but before training
-    instead of row by row during it, and without small batches at the end.
+    instead of row by row during it, and without small batches at the end. Within a bucket the rows
+    of a batch are also alike in `others`, lengths of something else.
     """
     longest = np.array([*range(_BUCKET_WIDTH, max_length, _BUCKET_WIDTH), max_length])
     bucket = np.searchsorted(longest, lengths)
     rows_per_batch = _even_pieces(
         np.bincount(bucket, minlength=len(longest)), words_per_batch // longest
     )
+    other = np.zeros_like(bucket) if others is None else others // _BUCKET_WIDTH
     random = np.random.default_rng(seed)
-    schedule = []
+    steps = []
     for _ in range(epochs):
         rows = np.arange(len(lengths)) if seed is None else random.permutation(len(lengths))
-        rows = rows[np.argsort(bucket[rows], kind="stable")]
+        rows = rows[np.lexsort((other[rows], bucket[rows]))]  # stable
         epoch = np.split(rows, np.cumsum(rows_per_batch)[:-1])
         if seed is not None:
             random.shuffle(epoch)
-        schedule.extend(epoch)
-    return tf.RaggedTensor.from_row_lengths(
-        np.concatenate(schedule), [len(rows) for rows in schedule]
-    )
+        steps.extend(epoch)
+    return tf.RaggedTensor.from_row_lengths(np.concatenate(steps), [len(rows) for rows in steps])
 
 
 def _even_pieces(lengths, max_length):

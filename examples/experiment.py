@@ -59,8 +59,19 @@ def parse_arguments(description, options, arguments=None, **defaults):
         "NAME.test.txt are held out; .gz, .bz2 and .xz are decompressed",
     )
     source.add_argument("--dataset", default=StateOfTheUnion.name, help="of tensorflow-datasets")
-    for name, default, meaning in (*options, *_COMMON):
-        default = defaults.get(name.replace("-", "_"), default)
+    add_options(
+        parser,
+        [
+            (name, defaults.get(name.replace("-", "_"), default), meaning)
+            for name, default, meaning in (*options, *_COMMON)
+        ],
+    )
+    return parser.parse_args(arguments)
+
+
+def add_options(parser, options):
+    """Adds triples of name, default and meaning; where that is a list there can be several."""
+    for name, default, meaning in options:
         parser.add_argument(
             f"--{name}",
             type=str if isinstance(default, list) else type(default),
@@ -69,7 +80,6 @@ def parse_arguments(description, options, arguments=None, **defaults):
             choices=_CHOICES.get(name),
             help=f"{meaning} (%(default)s)",
         )
-    return parser.parse_args(arguments)
 
 
 def run(main, parse_arguments):
@@ -108,7 +118,8 @@ class SideBySide(keras.Model):
     """Trains several models on the same batches at the same time, each as if it were alone.
 
     Args:
-        models: `LanguageModel`s by name. The logs show the perplexity of each under its name.
+        models: `LanguageModel`s or `TranslationModel`s by name. The logs show the perplexity of
+            each under its name.
     """
 
     def __init__(self, models):
@@ -152,26 +163,53 @@ def train(side_by_side, words, args, shown=None):
         words["train"], args.words_per_batch, seed=args.seed, epochs=args.epochs
     )
     steps = len(batches)
-    if steps < args.evaluations:
-        raise ValueError(
-            "The text must be long enough for a batch before each evaluation. Received: "
-            f"{steps} batches for {args.evaluations} evaluations"
-        )
-    side_by_side.compile(make_optimizer(args, steps))
-    side_by_side.build((None, None))
-    history = side_by_side.fit(
+    side_by_side.build((None, None))  # Else nothing is known of its operations.
+    return fit(
+        side_by_side,
         batches,
-        epochs=args.evaluations,
-        steps_per_epoch=steps // args.evaluations,
-        validation_data=batching.batches(words["validation"], args.words_per_batch),
-        shuffle=False,  # The batches are shuffled.
-        callbacks=[
+        batching.batches(words["validation"], args.words_per_batch),
+        make_optimizer(args, steps),
+        args.evaluations,
+        [
             make_throughput(side_by_side, words["train"], args, steps),
             report.Progress(shown or list(side_by_side.models), steps),
         ],
+    )
+
+
+def fit(side_by_side, batches, validation, optimizer, evaluations, callbacks):
+    """Trains on each batch once, and evaluates now and then.
+
+    Args:
+        side_by_side: A built `SideBySide`.
+        batches: A dataset of the batches of all epochs.
+        validation: A dataset of the batches of the validation part.
+        optimizer: A Keras optimizer.
+        evaluations: How often to evaluate.
+        callbacks: List of Keras callbacks.
+
+    Returns:
+        The history of `fit`, with the training step of each evaluation as `steps`.
+    """
+    steps = len(batches)
+    if steps < evaluations:
+        raise ValueError(
+            "The text must be long enough for a batch before each evaluation. Received: "
+            f"{steps} batches for {evaluations} evaluations"
+        )
+    # Else TensorFlow traces the first step twice: once more when the variables are there.
+    optimizer.build(side_by_side.trainable_variables)
+    side_by_side.compile(optimizer)
+    history = side_by_side.fit(
+        batches,
+        epochs=evaluations,
+        steps_per_epoch=steps // evaluations,
+        validation_data=validation,
+        shuffle=False,  # The batches are shuffled.
+        callbacks=callbacks,
         verbose=0,
     )
-    history.steps = (np.array(history.epoch) + 1) * (steps // args.evaluations)
+    history.steps = (np.array(history.epoch) + 1) * (steps // evaluations)
     return history
 
 

@@ -17,17 +17,18 @@ class Progress(keras.callbacks.Callback):
         names: The models of a `SideBySide`.
         steps: Training steps in all.
         every: Steps between two lines.
+        sampled: Whether the softmax of the training is sampled.
     """
 
-    def __init__(self, names, steps, every=50):
+    def __init__(self, names, steps, every=50, sampled=True):
         super().__init__()
         self.names, self.steps, self.every, self.step = names, steps, every, 0
+        self.sampled = sampled
 
     def on_train_begin(self, logs=None):
         self.start = time.time()
-        print(
-            "Perplexity; in training that of the sampled softmax, which is lower than the whole's"
-        )
+        note = "; in training that of the sampled softmax, which is lower than the whole's"
+        print("Perplexity" + (note if self.sampled else ""))
 
     def on_train_batch_end(self, batch, logs=None):
         self.step += 1
@@ -147,6 +148,31 @@ def plot_capacity(rows, path):
     axes.set(xlabel="parameters without embedding and softmax", ylabel="test perplexity")
     axes.set_title("Equal operations per word, equal batches")
     axes.legend()
+    return _save(figure, path)
+
+
+def plot_attention(translations, path):
+    """Draws what each word piece of some translations attends to, dark for much.
+
+    Args:
+        translations: List of triples: the pieces of a source, S strings, those of its translation,
+            T strings, and the attention, an array [T, S].
+        path: The file to write.
+    """
+    columns = min(2, len(translations))
+    rows = -(-len(translations) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(6 * columns, 5 * rows), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(translations) :]:
+        axes.set_axis_off()
+    for axes, (source, words, attention) in zip(grid.flat, translations, strict=False):
+        axes.imshow(attention, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        # No formulas: a "$" is a "$".
+        axes.set_xticks(range(len(source)), source, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(words)), words, parse_math=False)
+    figure.supxlabel("source")
+    figure.supylabel("translation")
     return _save(figure, path)
 
 

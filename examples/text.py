@@ -52,34 +52,48 @@ def load_dataset(name=state_of_the_union.StateOfTheUnion.name, data_dir=None):
         ConnectionError: The data is not prepared yet and cannot be downloaded.
         ValueError: There is no such dataset, or it is not one of plain text.
     """
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
-            "The dataset must be one that tensorflow-datasets knows; "
-            f"`tfds.list_builders()` names them. Received: {name!r}"
-        ) from error
+    builder = open_builder(name, data_dir)
     if "text" not in builder.info.features:
         raise ValueError(
             f"The dataset must have a feature 'text'. Received: {name!r}, which has "
             f"{sorted(builder.info.features)}"
         )
-    _prepare(builder)
-
-    if not {"train", "test"} <= set(builder.info.splits):
-        raise ValueError(
-            "The dataset must have splits 'train' and 'test'. Received: "
-            f"{name!r}, which has {sorted(builder.info.splits)}"
-        )
-
-    parts = {"train": "train", "validation": "validation", "test": "test"}
-    if "validation" not in builder.info.splits:
-        parts.update(train="train[1%:]", validation="train[:1%]")
-    for part, split in parts.items():
-        parts[part] = builder.as_dataset(split=split).map(lambda example: example["text"])
+    parts = load_parts(builder)
+    for part, examples in parts.items():
+        parts[part] = examples.map(lambda example: example["text"])
         if builder.name != "lm1b":  # its examples are sentences already
             parts[part] = _sentences(parts[part])
     return parts
+
+
+def open_builder(name, data_dir=None):
+    """Returns the builder of a dataset of tensorflow-datasets, or raises ValueError."""
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            "The dataset must be one that tensorflow-datasets knows; "
+            f"`tfds.list_builders()` names them. Received: {name!r}"
+        ) from error
+
+
+def load_parts(builder):
+    """Prepares the data of a builder, if that is not done, and returns the three parts.
+
+    Raises:
+        ConnectionError: The data is not prepared yet and cannot be downloaded.
+        ValueError: Nothing in it is held out for testing.
+    """
+    _prepare(builder)
+    if not {"train", "test"} <= set(builder.info.splits):
+        raise ValueError(
+            "The dataset must have splits 'train' and 'test'. Received: "
+            f"{builder.name!r}, which has {sorted(builder.info.splits)}"
+        )
+    parts = {"train": "train", "validation": "validation", "test": "test"}
+    if "validation" not in builder.info.splits:
+        parts.update(train="train[1%:]", validation="train[:1%]")
+    return {part: builder.as_dataset(split=split) for part, split in parts.items()}
 
 
 def load_files(paths):
@@ -102,15 +116,15 @@ def load_files(paths):
     """
     parts = {part: [] for part in _PART_NAMES}
     for path in map(pathlib.Path, paths):
-        for part, lines in _load_file(path).items():
+        for part, lines in read_parts(path).items():
             parts[part].extend(lines)
     return {
         part: _sentences(tf.data.Dataset.from_tensor_slices(lines)) for part, lines in parts.items()
     }
 
 
-def _load_file(path):
-    """Returns the lines of each part."""
+def read_parts(path):
+    """Returns the lines of each part, as `load_files` tells."""
     (mark,) = _PART_NAMES["train"]
     if mark in path.name:
         files = {part: _part_beside(path, part) for part in _PART_NAMES}

@@ -3,6 +3,7 @@
 from keras_moe import callbacks, distribute, layers, losses, models, optimizers
 from keras_moe.balanced_gating import StrictlyBalancedGating
 from keras_moe.experts import FeedForwardExperts
+from keras_moe.hierarchical_balanced_gating import HierarchicalBalancedGating
 from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
 from keras_moe.layer_experts import LayerExperts
 from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FeedForwardExperts",
+    "HierarchicalBalancedGating",
     "HierarchicalGating",
     "HierarchicalMoE",
     "LayerExperts",

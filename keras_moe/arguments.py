@@ -36,6 +36,32 @@ def as_pair(k):
     return tuple(pair)
 
 
+def check_pair(k, num_groups, experts_per_group):
+    """Returns `k` as two ints, or raises ValueError unless they are within the sizes."""
+    k = as_pair(k)
+    if not (1 <= k[0] <= num_groups and 1 <= k[1] <= experts_per_group):
+        raise ValueError(
+            "`k`, the groups chosen per example and the experts chosen in each, must be "
+            "between 1 and `num_groups` and between 1 and `experts_per_group`. Received: "
+            f"k={k}, num_groups={num_groups}, experts_per_group={experts_per_group}"
+        )
+    return k
+
+
+def as_sizes(name, value, least):
+    """Returns `value` as ints, or raises ValueError unless it is as many integers as `least` has.
+
+    Each must be at least what stands in the same place of `least`.
+    """
+    sizes = [_integer(number) for number in value] if isinstance(value, (tuple, list)) else []
+    fit = len(sizes) == len(least) and None not in sizes
+    if not fit or any(size < bound for size, bound in zip(sizes, least, strict=True)):
+        raise ValueError(
+            f"`{name}` must be {len(least)} integers, at least {least}. Received: {value!r}"
+        )
+    return tuple(sizes)
+
+
 def check_weight(name, value):
     """Returns `value`, or raises ValueError unless it is a finite number, not negative."""
     if _is_finite(value) and value >= 0:

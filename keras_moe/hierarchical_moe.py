@@ -12,10 +12,11 @@ import keras
 from keras import ops
 
 from keras_moe import dispatch, grouped, losses
-from keras_moe.arguments import as_pair, check_size
+from keras_moe.arguments import as_pair, check_pair, check_size
 from keras_moe.distribute import collectives
 from keras_moe.distribute.exchange import on_their_replicas
 from keras_moe.distribute.sharded_variable import sharded_rows
+from keras_moe.hierarchical_balanced_gating import HierarchicalBalancedGating
 from keras_moe.parts import check_gating, check_number
 from keras_moe.routing import NoisyGating, Routing, make_routing
 from keras_moe.sparse_moe import SparseMoE
@@ -85,13 +86,7 @@ class HierarchicalGating(NoisyGating):
     ):
         num_groups = check_size("num_groups", num_groups)
         experts_per_group = check_size("experts_per_group", experts_per_group)
-        k = as_pair(k)
-        if not (1 <= k[0] <= num_groups and 1 <= k[1] <= experts_per_group):
-            raise ValueError(
-                "`k`, the groups chosen per example and the experts chosen in each, must be "
-                "between 1 and `num_groups` and between 1 and `experts_per_group`. Received: "
-                f"k={k}, num_groups={num_groups}, experts_per_group={experts_per_group}"
-            )
+        k = check_pair(k, num_groups, experts_per_group)
         super().__init__(num_groups * experts_per_group, noise, noise_epsilon, seed, **kwargs)
         self.num_groups = num_groups
         self.experts_per_group = experts_per_group
@@ -232,7 +227,8 @@ class HierarchicalMoE(SparseMoE):
         hidden_units: As in `SparseMoE`.
         k: Pair of integers: the groups per example, from 1 to A, and the experts in each of them,
             from 1 to B. Without effect on a gating layer of your own.
-        gating: `"noisy_top_k"` (`HierarchicalGating`), or a gating layer for A·B experts.
+        gating: `"noisy_top_k"` (`HierarchicalGating`), `"strictly_balanced"`
+            (`HierarchicalBalancedGating`), or a gating layer for A·B experts.
         **kwargs: All other keyword arguments of `SparseMoE`, for A·B experts.
 
     Attributes:
@@ -274,9 +270,18 @@ class HierarchicalMoE(SparseMoE):
                 seed=self.seed,
                 name="gating",
             )
+        if gating == "strictly_balanced":
+            return HierarchicalBalancedGating(
+                **sizes,
+                k=k,
+                static_shapes=self.capacity_factor is not None,
+                router_z_loss_weight=self.router_z_loss_weight,
+                name="gating",
+            )
         for name, size in sizes.items():
             check_number(gating, name, size)
-        return check_gating(gating, '"noisy_top_k"', self.router_z_loss_weight)
+        names = '"noisy_top_k", "strictly_balanced"'
+        return check_gating(gating, names, self.router_z_loss_weight)
 
     def get_config(self):
         config = super().get_config()

@@ -4,7 +4,7 @@ import inspect
 
 import keras
 
-from keras_moe.balanced_gating import StrictlyBalancedGating
+from keras_moe.balanced_gating import BalancedGating, StrictlyBalancedGating
 from keras_moe.experts import FeedForwardExperts, is_bank
 from keras_moe.layer_experts import LayerExperts
 from keras_moe.routing import NoisyTopKGating, SoftmaxGating
@@ -120,7 +120,7 @@ def check_number(part, name, number):
 
 def check_parallel(gating):
     """Raises ValueError for a gating that would have to see the examples of all replicas."""
-    if isinstance(gating, StrictlyBalancedGating):
+    if isinstance(gating, BalancedGating):
         raise ValueError(
             "Strictly balanced gating takes the best examples of a whole batch, which no replica "
             "sees; leave out `expert_parallel`, or take another gating. Received: "

@@ -1,4 +1,4 @@
-"""`footprint`, beside both columns of Tables 7 and 8, and beside a count by hand."""
+"""`footprint`, beside both columns of the paper's tables, and beside a count by hand."""
 
 import resource
 
@@ -6,7 +6,15 @@ import keras
 import pytest
 
 from keras_moe import HierarchicalMoE, SparseMoE
-from keras_moe.models import TABLE_7, TABLE_8, LanguageModel, Preset, footprint
+from keras_moe.models import (
+    TABLE_7,
+    TABLE_8,
+    TRANSLATION_PRESETS,
+    LanguageModel,
+    Preset,
+    TranslationModel,
+    footprint,
+)
 
 # Printed: ops/timestep and parameters, both in millions, both without embedding and softmax.
 PRINTED_7 = {
@@ -59,6 +67,37 @@ def test_terms_of_one_row():
     operations = lstms + 2 * 512 * (16 + 2 * 16) + 4 * expert
     parameters = lstms + 2 * 4 * 512 + 2 * 512 * (16 + 256) + 256 * expert
     assert footprint("MoE-256-h") == (operations, parameters)
+
+
+# Both in millions: what Tables 2, 3 and 5 print, cut off as in Table 7.
+@pytest.mark.parametrize(
+    ("name", "operations", "parameters"), [("MoE-2048", 85, 8700), ("multilingual", 102, 8700)]
+)
+def test_a_translation_preset_is_as_large_as_the_paper_prints(name, operations, parameters):
+    counted = footprint(TRANSLATION_PRESETS[name])
+    assert counted.ops_per_timestep // 10**6 == operations
+    assert counted.parameters / 1e6 == pytest.approx(parameters, abs=50)
+
+
+def test_terms_of_a_translation_preset():
+    # Five LSTMs of 2048 units with 512 inputs, projected to 512, one of which also reads the 512 of
+    # the context; attention U and W; 4 experts of each mixture, and its gating without noise; the
+    # softmax. Parameters: also biases, v, thresholds, and two embeddings.
+    lstms = 5 * ((512 + 512) * 4 * 2048 + 2048 * 512) + 512 * 4 * 2048
+    expert, vocabulary = 2 * 512 * 2048, 32_000 * 512
+    shared = lstms + 2 * 512 * 512 + 2 * 512 * 32 + vocabulary
+    biases = 5 * 4 * 2048 + 512 + 2 * 32 + 32_000
+    assert footprint(TRANSLATION_PRESETS["MoE-32"]) == (
+        shared + 2 * 4 * expert,
+        shared + 2 * 32 * expert + biases + 2 * vocabulary,
+    )
+
+
+def test_a_built_translation_model_has_the_parameters_that_keras_counts():
+    model = TranslationModel(30, 8, SparseMoE(6, 12, k=2), num_lstms=(4, 1))
+    model.build(None)
+    trainable = sum(int(keras.ops.size(weight)) for weight in model.trainable_weights)
+    assert footprint(model).parameters == trainable
 
 
 def test_parameters_by_the_hundred_billion_take_no_memory():

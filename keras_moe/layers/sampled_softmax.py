@@ -18,7 +18,8 @@ class SampledSoftmax(keras.layers.Dense):
 
     Args:
         vocabulary_size: V; ids are sorted by decreasing frequency, as the sampler supposes.
-        num_sampled: Words drawn per batch; at most all of them.
+        num_sampled: Words drawn per batch; at most all of them. `None` draws none: `sampled_loss`
+            is then the cross-entropy of the whole softmax, and the order of the ids is free.
         seed: Integer, seed of the draws.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
@@ -39,12 +40,18 @@ class SampledSoftmax(keras.layers.Dense):
     def __init__(self, vocabulary_size, num_sampled=1024, seed=None, **kwargs):
         vocabulary_size = check_size("vocabulary_size", vocabulary_size)
         super().__init__(vocabulary_size, activation="log_softmax", **kwargs)
-        self.num_sampled = min(check_size("num_sampled", num_sampled), vocabulary_size)
+        if num_sampled is not None:
+            num_sampled = min(check_size("num_sampled", num_sampled), vocabulary_size)
+        self.num_sampled = num_sampled
         self.seed = seed
-        self.supports_jit = False  # XLA has no log-uniform sampler.
+        self.supports_jit = num_sampled is None  # XLA has no log-uniform sampler.
 
     def sampled_loss(self, hidden, targets):
         """Estimates the cross-entropy: hidden [T, D] and targets [T] to float [T]."""
+        hidden = ops.cast(hidden, self.variable_dtype)
+        if self.num_sampled is None:
+            logits = ops.matmul(hidden, self.kernel) + self.bias
+            return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
         drawn, target_chances, chances = tf.random.log_uniform_candidate_sampler(
             tf.cast(targets, "int64")[:, None],
             num_true=1,
@@ -54,7 +61,6 @@ class SampledSoftmax(keras.layers.Dense):
             seed=self.seed,
         )
         targets, drawn = tf.cast(targets, "int32"), tf.cast(drawn, "int32")
-        hidden = ops.cast(hidden, self.variable_dtype)
         words = tf.concat([targets, drawn], axis=0)
         kernel = tf.gather(tf.transpose(self.kernel), words)
         bias = tf.gather(tf.convert_to_tensor(self.bias), words)

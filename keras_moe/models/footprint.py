@@ -1,4 +1,4 @@
-"""What Tables 7 and 8 count: operations per word, and parameters."""
+"""What the paper's tables count: operations per word, and parameters."""
 
 import math
 from typing import NamedTuple
@@ -6,11 +6,13 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_moe.models.language_model import LanguageModel
+from keras_moe.models.translation_model import TranslationModel
+from keras_moe.models.translation_presets import VOCABULARY_SIZE, TranslationPreset
 from keras_moe.sparse_moe import SparseMoE
 
 
 class Footprint(NamedTuple):
-    """The size of a model without embedding and softmax.
+    """The size of a model, as the tables of its kind count it.
 
     Attributes:
         ops_per_timestep: Multiply-adds of the forward pass for one word.
@@ -22,28 +24,39 @@ class Footprint(NamedTuple):
 
 
 def footprint(model):
-    """Counts operations and parameters as Tables 7 and 8 do.
+    """Counts operations and parameters as the paper's tables do.
 
     Operations are the multiply-adds of all matrices that a word meets: of the LSTMs, of the k
     experts chosen, and of the gating with the matrices of its noise; in a hierarchical gating those
-    of all groups and those within the groups chosen. Embedding and softmax are left out, and so is
-    whatever is no product of matrices.
+    of all groups and those within the groups chosen. Whatever is no product of matrices is left
+    out.
+
+    For language models (Tables 7 and 8) so are embedding and softmax, in both counts. For
+    translation models (Tables 2 to 5) the operations are those of one word of the source and one of
+    the target, the softmax counts, and all parameters do. So the published figures of GNMT come
+    out, 214M and 278M: 180M in its LSTMs, 33M in the softmax and in each embedding. The product of
+    each word of the target with each of the source, which attention is, is left out.
 
     Args:
-        model: A `LanguageModel`; or a `Preset` or its name, whose model is then built without its
-            values, so that 137 billion parameters are counted at once.
+        model: A `LanguageModel` or `TranslationModel`; or a `Preset`, a `TranslationPreset` or the
+            name of a `Preset`, whose model is then built without its values, so that 137 billion
+            parameters are counted at once. A `TranslationPreset` has 32,000 word pieces.
 
     Returns:
         A `Footprint`.
     """
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model, (LanguageModel, TranslationModel)):
         with tf.variable_creator_scope(_without_values):
-            model = LanguageModel.from_preset(model, vocabulary_size=1)
+            if isinstance(model, TranslationPreset):
+                model = TranslationModel.from_preset(model, VOCABULARY_SIZE)
+            else:
+                model = LanguageModel.from_preset(model, vocabulary_size=1)
             _build(model)
-    layers = [*model.lstms, *([] if model.middle is None else [model.middle])]
+    layers = [layer for layer in model.counted_layers if layer is not None]
+    whole = isinstance(model, TranslationModel)
     return Footprint(
         sum(_operations(layer) for layer in layers),
-        sum(_size(weight) for layer in layers for weight in layer.trainable_weights),
+        sum(_size(w) for part in ([model] if whole else layers) for w in part.trainable_weights),
     )
 
 
@@ -54,10 +67,11 @@ def _without_values(next_creator, **kwargs):
 
 
 def _build(model):
-    if isinstance(model.middle, SparseMoE):
-        # By their `build`: a symbolic call would multiply by what has no shape.
-        for part in (model.middle.gating, model.middle.experts):
-            part.build((None, model.width))
+    for layer in model.counted_layers:
+        if isinstance(layer, SparseMoE):
+            # By their `build`: a symbolic call would multiply by what has no shape.
+            for part in (layer.gating, layer.experts):
+                part.build((None, model.width))
     model.build((None, None))
 
 
@@ -75,8 +89,9 @@ def _operations(layer):
 
 
 def _matrices(layer):
-    """The sizes of all matrices of a layer. A bias multiplies nothing."""
-    return sum(_size(weight) for weight in layer.trainable_weights if len(weight.shape) == 2)
+    """The sizes of all matrices of a layer. A bias multiplies nothing, nor does a threshold."""
+    weights = [w for w in layer.trainable_weights if "thresholds" not in w.name]
+    return sum(_size(weight) for weight in weights if len(weight.shape) == 2)
 
 
 def _size(weight):

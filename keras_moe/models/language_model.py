@@ -1,18 +1,15 @@
 """The paper's language model: embedding → LSTM → mixture of experts → LSTM → softmax."""
 
 import keras
-import tensorflow as tf
-from keras import ops
 
 from keras_moe.arguments import check_size
-from keras_moe.layers import ProjectedLSTM, SampledSoftmax
+from keras_moe.layers import ProjectedLSTM
 from keras_moe.models.presets import get_preset
-
-PADDING_ID = 0
+from keras_moe.models.word_model import PADDING_ID, WordModel
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class LanguageModel(keras.Model):
+class LanguageModel(WordModel):
     """Predicts each next word from the words before it (appendix C).
 
     embedding → LSTMs → middle → LSTMs → softmax. Every layer but the softmax has dropout on its
@@ -83,12 +80,11 @@ class LanguageModel(keras.Model):
         self.lstm_units = lstm_units
         self.num_lstms = check_size("num_lstms", num_lstms)
         self.seed = seed
-        self.perplexity = Perplexity(name="perplexity")
 
         policy = {"dtype": self.dtype_policy}
         self.embedding = keras.layers.Embedding(self.vocabulary_size, self.width, **policy)
         self.lstms = [self._make_lstm(f"lstm_{i}") for i in range(self.num_lstms)]
-        self.softmax = SampledSoftmax(self.vocabulary_size, num_sampled, seed, **policy)
+        self.softmax = self.make_softmax(self.vocabulary_size, num_sampled, seed)
         self.dropout = keras.layers.Dropout(dropout, seed=seed, **policy)
 
     @classmethod
@@ -144,38 +140,21 @@ class LanguageModel(keras.Model):
         """The LSTMs behind the middle."""
         return self.lstms[(self.num_lstms + 1) // 2 :]
 
+    @property
+    def counted_layers(self):
+        """The layers whose operations `footprint` counts; some may be `None`."""
+        return [*self.lstms, self.middle]
+
     def encode(self, tokens, training=None):
         """What the middle sees: tokens [B, L] to [B, L, D]."""
         x = self.dropout(self.embedding(tokens), training=training)
-        return self._recur(self.lstms_in, x, training)
-
-    def _recur(self, lstms, x, training):
-        for lstm in lstms:
-            x += self.dropout(lstm(x), training=training)
-        return x
+        return self.recur(self.lstms_in, x, training)
 
     def call(self, tokens, training=None):
         x = self.encode(tokens, training)
-        if self.middle is not None:
-            options = {"mask": tokens != PADDING_ID} if self.middle.supports_masking else {}
-            y = self.middle(x, training=training, **options)
-            x += self.dropout(ops.sigmoid(y), training=training)
-        x = self._recur(self.lstms_out, x, training)
+        x = self.mix(self.middle, x, tokens != PADDING_ID, training)
+        x = self.recur(self.lstms_out, x, training)
         return x if training else self.softmax(x)
-
-    def cross_entropy(self, targets, predictions, training):
-        """Loss of each word of targets [B, L] that isn't padding, from what `call` returned."""
-        words = targets != PADDING_ID
-        if training:
-            return self.softmax.sampled_loss(predictions[words], targets[words])
-        return -tf.gather(predictions, targets, batch_dims=2)[words]
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Mean cross-entropy per word, and the losses of the layers."""
-        losses = self.cross_entropy(y, y_pred, training)
-        self.perplexity.update_state(losses)
-        self.add_loss(ops.mean(losses))  # Keras scales it to the replicas, like the others.
-        return super().compute_loss(x, y, y_pred, sample_weight, training)
 
     def get_config(self):
         return {
@@ -194,12 +173,3 @@ class LanguageModel(keras.Model):
     def from_config(cls, config):
         middle = keras.saving.deserialize_keras_object(config["middle"])
         return cls(**{**config, "middle": middle})
-
-
-@keras.saving.register_keras_serializable("keras_moe")
-class Perplexity(keras.metrics.Mean):
-    """The exponential of the mean cross-entropy of all words seen."""
-
-    def result(self):
-        """Returns the perplexity so far."""
-        return ops.exp(super().result())

@@ -29,6 +29,7 @@ class Preset:
         k: Experts per word; of a hierarchical mixture the groups, and the experts in each of them.
         importance_loss_weight: w_importance.
         load_loss_weight: w_load.
+        gating: The gating of the mixture, by the name that its layer knows.
         dropout: Part of every layer's output to drop in training.
     """
 
@@ -41,6 +42,7 @@ class Preset:
     k: int | tuple = 4
     importance_loss_weight: float = 0.1
     load_loss_weight: float = 0.1
+    gating: str = "noisy_top_k"
     dropout: float = 0.1
 
     def scaled(self, width):
@@ -82,6 +84,7 @@ class Preset:
         options = {
             "hidden_units": self.hidden_units,
             "k": self.k,
+            "gating": self.gating,
             "importance_loss_weight": self.importance_loss_weight,
             "load_loss_weight": self.load_loss_weight,
             "dtype": dtype,
@@ -151,16 +154,18 @@ TABLE_8 = {
 PRESETS = {**TABLE_8, **TABLE_7}
 
 
-def get_preset(preset):
-    """Returns a preset by its name, or as it is.
+def get_preset(preset, presets=PRESETS):
+    """Returns a preset by its name among others, or as it is.
 
     Raises:
         ValueError: If there is none.
     """
-    if isinstance(preset, Preset):
+    kind = type(next(iter(presets.values())))
+    if type(preset) is kind:
         return preset
-    if preset not in PRESETS:
+    if isinstance(preset, Preset) or preset not in presets:
         raise ValueError(
-            f"The preset must be a `Preset` or one of {', '.join(PRESETS)}. Received: {preset!r}"
+            f"The preset must be a `{kind.__name__}` or one of {', '.join(presets)}. "
+            f"Received: {preset!r}"
         )
-    return PRESETS[preset]
+    return presets[preset]
