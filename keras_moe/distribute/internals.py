@@ -4,8 +4,13 @@ Checked with TensorFlow 2.21. `tf.distribute` has no public variable that is hel
 all-to-all, and no collective that a replica may launch without waiting in `merge_call` for the
 others: that would let them run into the same Keras layer meanwhile. But a strategy has launchers
 of collectives, one for each replica, and its own variables are built of one component for each.
+
+A strategy over several workers, `MultiWorkerMirroredStrategy`, runs in one process for each. There
+a process has the launchers and the components of its own replicas alone, which are numbered from 0
+in each, while collectives are of all replicas of all workers.
 """
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.distribute.values import DistributedVariable
 from tensorflow.python.distribute.values_util import get_current_replica_id_as_int
@@ -39,12 +44,46 @@ def has_collectives(strategy):
 
 def all_to_all(x):
     """Sends x[r] to replica r and returns what all have sent, [R, ...], without a gradient."""
-    return _launch(collective_ops.all_to_all_v2, x)
+    strategy = tf.distribute.get_strategy()
+    launcher = _launchers(strategy)[local_replica()]
+    ranks = _ranks(strategy)
+    if ranks == sorted(ranks):
+        return _launch(launcher, collective_ops.all_to_all_v2, x)
+    by_rank = _launch(launcher, collective_ops.all_to_all_v2, tf.gather(x, np.argsort(ranks)))
+    return tf.gather(by_rank, ranks)
 
 
 def all_reduce(x, merge_op):
     """The sum ("Add") or the maximum ("Max") over all replicas, without a gradient."""
-    return _launch(collective_ops.all_reduce_v2, x, merge_op=merge_op)
+    launcher = _launchers(tf.distribute.get_strategy())[local_replica()]
+    return _launch(launcher, collective_ops.all_reduce_v2, x, merge_op=merge_op)
+
+
+def gather_from_workers(strategy, rows):
+    """The rows of all workers on each one's host, in the order of their replicas.
+
+    Args:
+        strategy: A strategy over several workers, all of which call this, outside of replicas.
+        rows: This worker's, a tensor [n, ...], n the same for all.
+    """
+    (launcher,) = strategy.extended._host_cross_device_ops._launchers
+    gathered = _launch(launcher, collective_ops.all_gather_v2, rows)
+    ranks = _worker_ranks(strategy)
+    if ranks == sorted(ranks):
+        return gathered
+    pieces = tf.split(gathered, len(ranks))
+    return tf.concat([pieces[rank] for rank in ranks], axis=0)
+
+
+def replicas_of_worker(strategy):
+    """The numbers of this process's replicas among all replicas of a strategy, a range."""
+    if strategy.num_replicas_in_sync == 1:  # TensorFlow's own strategy knows no devices.
+        return range(1)
+    num_local = len(strategy.extended.worker_devices)
+    if num_local == strategy.num_replicas_in_sync:
+        return range(num_local)
+    first = strategy.extended._get_replica_id_in_sync_group(0)
+    return range(first, first + num_local)
 
 
 def _launchers(strategy):
@@ -54,8 +93,7 @@ def _launchers(strategy):
     return getattr(operations, "_launchers", None)
 
 
-def _launch(collective, x, **kwargs):
-    launcher = _launchers(tf.distribute.get_strategy())[local_replica()]
+def _launch(launcher, collective, x, **kwargs):
     options = launcher._options
     with tf.device(launcher._device):
         return collective(
@@ -69,3 +107,21 @@ def _launch(collective, x, **kwargs):
             ordering_token=launcher._get_ordering_token(),
             **kwargs,
         )
+
+
+def _ranks(strategy):
+    """List of the replicas' places in collectives."""
+    num_local = len(strategy.extended.worker_devices)
+    return [rank * num_local + i for rank in _worker_ranks(strategy) for i in range(num_local)]
+
+
+def _worker_ranks(strategy):
+    """List of the workers' places in collectives: TensorFlow sorts their names, 10 before 2."""
+    resolver = getattr(strategy, "cluster_resolver", None)
+    jobs = resolver.cluster_spec().as_dict() if resolver is not None else {}
+    names = [
+        f"/job:{job}/replica:0/task:{task}"
+        for job in ("chief", "worker")  # in the order of their replicas
+        for task in range(len(jobs.get(job, ())))
+    ]
+    return [sorted(names).index(name) for name in names] or [0]
