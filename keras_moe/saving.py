@@ -11,6 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.distribute.workers import is_chief
+
 _CHECKSUMS, _NUMBER = "checksums", "num_experts"
 _SEAL, _SEAL_SIZE = b"keras_moe weights, crc32 ", 512
 
@@ -171,6 +173,9 @@ def save_weights(model, filepath):
     The file is that of `model.save_weights`, behind a checksum of all its bytes.
     `model.load_weights` and whatever else reads HDF5 skip that, and do not check it.
 
+    Of several workers (`tf.distribute.MultiWorkerMirroredStrategy`) all call this, as each may have
+    experts that the others lack, and the chief writes the file.
+
     Example:
     ```python
     keras_moe.save_weights(model, "model.weights.h5")
@@ -191,6 +196,8 @@ def save_weights(model, filepath):
     with tempfile.TemporaryDirectory() as folder:
         unsealed = os.path.join(folder, "unsealed.weights.h5")
         model.save_weights(unsealed)
+        if not is_chief(model.distribute_strategy):
+            return
         with open(unsealed, "rb") as source, open(filepath, "wb") as target:
             target.write(_seal(source))
             source.seek(0)

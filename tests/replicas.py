@@ -11,7 +11,9 @@ WIDTH, CLASSES, BATCH = 4, 3, 16
 
 
 def strategy(num_replicas):
-    """A strategy over logical CPUs; TensorFlow's own with one replica for 0."""
+    """A strategy over logical CPUs; TensorFlow's own with one replica for 0; one as it is."""
+    if not isinstance(num_replicas, int):
+        return num_replicas
     if num_replicas == 0:
         return tf.distribute.get_strategy()
     # TensorFlow expects one strategy in a process: others' collectives would get mixed up. Its own

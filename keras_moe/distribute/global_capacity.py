@@ -26,15 +26,21 @@ def drop_beyond(capacity, routing, num_experts):
     kind = tf.transpose(tf.range(k) * (num_experts + 1) + expert)  # k-th choices of one expert
     rank, counts = dispatch.ranks(tf.reshape(kind, [-1]), k * (num_experts + 1))
 
-    # counts[r, k, i]: how many of the examples of replica r have expert i for their k-th choice.
-    counts = tf.reshape(counts, [k, num_experts + 1])
-    number = tf.one_hot(collectives.replica(), collectives.num_replicas(), dtype=tf.int32)
-    counts = collectives.all_sum(number[:, None, None] * counts)
-    earlier = tf.cumsum(counts, exclusive=True)[collectives.replica()]
+    # To each replica the counts of its n experts, [R, K, n], of all replicas' examples.
+    num_replicas = collectives.num_replicas()
+    counts = tf.reshape(counts, [k, num_experts + 1])[:, :num_experts]
+    counts = tf.transpose(tf.reshape(counts, [k, num_replicas, -1]), [1, 0, 2])
+    counts = collectives.all_to_all(counts)
+    earlier = tf.cumsum(counts, exclusive=True)
     earlier += tf.cumsum(tf.reduce_sum(counts, axis=0), exclusive=True)
+    earlier = tf.transpose(collectives.all_to_all(earlier), [1, 0, 2])
+    earlier = tf.pad(tf.reshape(earlier, [k, num_experts]), [[0, 0], [0, 1]])
     place = tf.reshape(rank, tf.shape(kind)) + tf.gather(tf.reshape(earlier, [-1]), kind)
     kept = tf.transpose(place < capacity)
 
-    rows = tf.reduce_sum(counts, axis=[0, 1])[:num_experts]
-    dropped = dispatch.fraction(tf.maximum(rows - capacity, 0), rows)
-    return routing._replace(gates=tf.where(kept, routing.gates, 0.0)), dropped
+    rows = tf.reduce_sum(counts, axis=[0, 1])
+    beyond = tf.reduce_sum(tf.maximum(rows - capacity, 0))
+    beyond, rows = tf.unstack(collectives.all_sum(tf.stack([beyond, tf.reduce_sum(rows)])))
+    return routing._replace(gates=tf.where(kept, routing.gates, 0.0)), dispatch.fraction(
+        beyond, rows
+    )

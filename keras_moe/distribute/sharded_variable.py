@@ -8,24 +8,30 @@ import tensorflow as tf
 from keras_moe.distribute import internals
 
 
-class ShardedVariable(internals.DistributedVariable):
+class ShardedVariable(internals.VariableOfShards):
     """A variable [N, ...] of which replica r of R holds rows r·N/R to (r + 1)·N/R.
 
     Inside a replica of its strategy it reads as that replica's rows, and assigns them. Everywhere
     else it reads as all rows, and what is assigned to it is cut up. Its shape is that of all rows.
 
+    Of a strategy over several workers each holds the rows of its own replicas alone. To read all
+    rows there is a collective: all workers do it, or none. So are `numpy()`, saving weights and
+    saving checkpoints, while to assign all rows, and so to load them, needs no other worker.
+
     Args:
         strategy: The strategy.
-        shards: List of R variables [N/R, ...], one on each replica's device.
+        shards: List of this worker's variables [N/R, ...], one on the device of each replica.
     """
 
-    def __init__(self, strategy, shards):
-        super().__init__(strategy, shards, tf.VariableAggregation.NONE)
+    @property
+    def num_shards(self):
+        """R, over all workers."""
+        return self.distribute_strategy.num_replicas_in_sync
 
     @property
-    def shards(self):
-        """List of the replicas' variables [N/R, ...]."""
-        return list(self._values)
+    def _is_elsewhere(self):
+        """Whether other workers hold rows."""
+        return len(self.shards) < self.num_shards
 
     @property
     def values(self):
@@ -37,43 +43,35 @@ class ShardedVariable(internals.DistributedVariable):
             f"{self.name!r} of shape {tuple(self.shape)}"
         )
 
-    def _get_replica(self, replica_id):
-        return self.values  # As above, where replicas update without `merge_call`.
-
     @property
     def shape(self):
-        rows, *rest = self._values[0].shape
-        return tf.TensorShape([rows * len(self._values), *rest])
+        rows, *rest = self.shards[0].shape
+        return tf.TensorShape([rows * self.num_shards, *rest])
 
     def get_shape(self):
         return self.shape
 
-    @property
-    def shard(self):
-        """This replica's variable; `None` outside of the replicas of its strategy."""
-        if tf.distribute.get_strategy() is not self.distribute_strategy:
-            return None
-        replica = internals.local_replica()
-        return None if replica is None else self._values[replica]
-
-    def _get(self):
+    def current(self):
         if self.shard is not None:
             return self.shard
-        return tf.concat([shard.read_value() for shard in self._values], axis=0)
-
-    def _get_cross_replica(self):
-        return self._get()
-
-    def _get_on_device_or_primary(self):
-        return self.shard or self._primary
+        if not self._is_elsewhere:
+            return tf.concat([shard.read_value() for shard in self.shards], axis=0)
+        with tf.device("CPU:0"):  # Where there is more room than on one replica's device.
+            rows = tf.concat([shard.read_value() for shard in self.shards], axis=0)
+        try:
+            return internals.gather_from_workers(self.distribute_strategy, rows)
+        except (tf.errors.DeadlineExceededError, tf.errors.InternalError) as error:
+            raise RuntimeError(
+                "Workers hold a part of the rows each, so that all of them must read the variable, "
+                "save the weights or save a checkpoint, and that in the same order; afterwards one "
+                "alone may go on with the result. Another worker has done something else, or has "
+                f"not come in time. Received: a read of {self.name!r} of shape {tuple(self.shape)}"
+            ) from error
 
     def value(self):
-        return tf.identity(self._get())
+        return tf.identity(self.current())
 
     read_value = value
-
-    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
-        return tf.convert_to_tensor(self._get(), dtype=dtype, name=name)
 
     @property
     def handle(self):
@@ -85,9 +83,11 @@ class ShardedVariable(internals.DistributedVariable):
         return self.shard.handle
 
     def numpy(self):
+        if self._is_elsewhere:
+            return np.asarray(self.current())
         # One shard after the other, so that there are never two copies of all rows.
         rows = np.empty(self.shape, self.dtype.as_numpy_dtype)
-        for part, shard in zip(np.split(rows, len(self._values)), self._values, strict=True):
+        for part, shard in zip(np.split(rows, len(self.shards)), self.shards, strict=True):
             part[...] = shard.numpy()
         return rows
 
@@ -99,7 +99,7 @@ class ShardedVariable(internals.DistributedVariable):
         with tf.device("CPU:0"):
             return internals.make_component(initial_value=self.numpy(), name=name)
 
-    def _export_to_saved_model_graph(self, *args, **kwargs):
+    def refuse_export(self):
         raise NotImplementedError(
             "A SavedModel has to hold all experts in one variable, but this model's are held in "
             "shards. Export it by `keras_moe.export_saved_model(model, path)`, or save it and load "
@@ -122,8 +122,8 @@ class ShardedVariable(internals.DistributedVariable):
         if isinstance(value, ShardedVariable):
             parts = value.shards
         else:
-            parts = tf.split(value, len(self._values))
-        for shard, part in zip(self._values, parts, strict=True):
+            parts = _parts_of_worker(self.distribute_strategy, value)
+        for shard, part in zip(self.shards, parts, strict=True):
             with tf.device(shard.device):
                 getattr(shard, method)(part)
         return self
@@ -166,7 +166,7 @@ def over_shards(regularizer):
         value = getattr(variable, "value", variable)
         loss = regularizer(variable)
         if isinstance(value, ShardedVariable) and value.shard is not None:
-            loss *= len(value.shards)
+            loss *= value.num_shards
         return loss
 
     return regularize
@@ -198,7 +198,7 @@ def _create(strategy, *, initial_value, name=None, dtype=None, trainable=None, *
         )
     devices = strategy.extended.worker_devices
     shards = []
-    for i, part in enumerate(tf.split(_on_host(initial_value), len(devices))):
+    for i, part in enumerate(_parts_of_worker(strategy, _on_host(initial_value))):
         with tf.device(devices[i]):
             shards.append(
                 internals.make_component(
@@ -209,6 +209,12 @@ def _create(strategy, *, initial_value, name=None, dtype=None, trainable=None, *
                 )
             )
     return ShardedVariable(strategy, shards)
+
+
+def _parts_of_worker(strategy, value):
+    """The rows of all replicas, cut up: list of the parts of this worker's replicas."""
+    mine = internals.replicas_of_worker(strategy)
+    return tf.split(value, strategy.num_replicas_in_sync)[mine.start : mine.stop]
 
 
 def _on_host(initial_value):
