@@ -126,6 +126,14 @@ def test_a_built_model_has_the_parameters_that_keras_counts(middle):
     assert footprint(model).parameters == trainable - others
 
 
+def test_shared_experts_count():
+    # Two LSTMs of (8 + 8)·4·8, gating and noise of 6 experts, 2 experts chosen and 3 shared.
+    model = LanguageModel(30, 8, SparseMoE(6, 12, k=2, num_shared_experts=3))
+    model.build((None, None))
+    expert = 2 * 8 * 12
+    assert footprint(model).ops_per_timestep == 2 * 16 * 32 + 2 * 8 * 6 + (2 + 3) * expert
+
+
 def test_an_unknown_name_is_refused_with_all_that_there_are():
     with pytest.raises(ValueError, match="MoE-4096-h.*Received: 'MoE-5'"):
         footprint("MoE-5")

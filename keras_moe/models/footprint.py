@@ -27,9 +27,9 @@ def footprint(model):
     """Counts operations and parameters as the paper's tables do.
 
     Operations are the multiply-adds of all matrices that a word meets: of the LSTMs, of the k
-    experts chosen, and of the gating with the matrices of its noise; in a hierarchical gating those
-    of all groups and those within the groups chosen. Whatever is no product of matrices is left
-    out.
+    experts chosen and of shared ones, and of the gating with the matrices of its noise; in a
+    hierarchical gating those of all groups and those within the groups chosen. Whatever is no
+    product of matrices is left out.
 
     For language models (Tables 7 and 8) so are embedding and softmax, in both counts. For
     translation models (Tables 2 to 5) the operations are those of one word of the source and one of
@@ -80,8 +80,9 @@ def _operations(layer):
     if not isinstance(layer, SparseMoE):
         return _matrices(layer)
     chosen, num_experts = math.prod(_as_tuple(layer.k)), layer.num_experts
-    experts = sum(_size(weight) for weight in layer.experts.weights if weight.expert_rank == 2)
-    operations = _matrices(layer.gating) + experts * chosen // num_experts
+    operations = _matrices(layer.gating) + _kernels(layer.experts) * chosen // num_experts
+    if layer.shared_experts is not None:
+        operations += _kernels(layer.shared_experts)
     if hasattr(layer.gating, "secondary"):  # Variables [A, D, B], of A groups.
         secondary = [w for w in layer.gating.trainable_weights if len(w.shape) == 3]
         operations += sum(map(_size, secondary)) * layer.gating.k[0] // layer.gating.num_groups
@@ -92,6 +93,11 @@ def _matrices(layer):
     """The sizes of all matrices of a layer. A bias multiplies nothing, nor does a threshold."""
     weights = [w for w in layer.trainable_weights if "thresholds" not in w.name]
     return sum(_size(weight) for weight in weights if len(weight.shape) == 2)
+
+
+def _kernels(bank):
+    """The sizes of the matrices of all experts of a bank."""
+    return sum(_size(weight) for weight in bank.weights if weight.expert_rank == 2)
 
 
 def _size(weight):
