@@ -7,12 +7,10 @@ import math
 import keras
 from keras import ops
 
-from keras_moe import dispatch, grouped, losses
+from keras_moe import dispatch, losses
 from keras_moe.arguments import check_capacity_factor, check_size, check_weight
 from keras_moe.distribute import collectives
-from keras_moe.distribute.exchange import on_their_replicas
-from keras_moe.distribute.global_capacity import drop_beyond
-from keras_moe.experts import takes_one_example
+from keras_moe.mixture import mix
 from keras_moe.parts import (
     check_number,
     check_parallel,
@@ -250,88 +248,26 @@ class SparseMoE(keras.layers.Layer):
         check_routing(routing, self.num_experts)
         if self._record is not None:
             self._record(routing)
-        if self.expert_parallel and collectives.num_replicas() > 1:
-            y, fraction_dropped = self._combined_over_replicas(examples, routing, training)
-        elif training:
-            y, fraction_dropped = self._combined(examples, routing, training)
-        else:
-            y, fraction_dropped = self._served(examples, routing), None
+        drops = training and self.capacity_factor is not None
+        y, fraction_dropped = mix(
+            self.experts,
+            examples,
+            routing,
+            training=bool(training),
+            capacity=functools.partial(self._capacity, routing) if drops else None,
+            expert_parallel=self.expert_parallel,
+        )
         y = ops.cast(y, self.compute_dtype)
         if self.shared_experts is not None:
             y += self._call_shared_experts(examples, mask)
         self._add_balance(routing, fraction_dropped, training)
         return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
 
-    def _combined(self, examples, routing, training):
-        """Equation 1, and the part of the choices that was dropped, `None` where none may be."""
-        drop = self._drops(training)
-        if drop:
-            capacity = self._capacity(routing, ops.shape(examples)[0])
-        else:
-            capacity = self._even_capacity(training)
-        plan = dispatch.make_plan(routing, self.num_experts, capacity, drop)
-        rows = self._call_experts(dispatch.dispatch(examples, plan), plan)
-        return dispatch.combine(rows, routing.gates, plan), plan.fraction_dropped
-
-    def _combined_over_replicas(self, examples, routing, training):
-        """The same of the batch of all replicas: each one's rows go where their experts are."""
-        collectives.check_can_communicate()
-        fraction_dropped, most, drop = None, None, self._drops(training)
-        capacity = self._even_capacity(training)
-        num_local = self.num_experts // collectives.num_replicas()
-        if drop:
-            num_examples = collectives.total_size(ops.shape(examples)[0])
-            capacity = self._capacity(routing, num_examples)
-            most = num_local * capacity
-            routing, fraction_dropped = drop_beyond(capacity, routing, self.num_experts)
-        plan = dispatch.make_plan(routing, self.num_experts)
-        rows = on_their_replicas(
-            self._call_experts,
-            dispatch.dispatch(examples, plan),
-            plan.rows_per_expert,
-            lambda received: dispatch.make_plan(received, num_local, capacity, drop),
-            most,
-        )
-        return dispatch.combine(rows, routing.gates, plan), fraction_dropped
-
-    def _served(self, examples, routing):
-        """The same outside training: a single example goes to its experts without any plan."""
-
-        def several():
-            return self._combined(examples, routing, training=False)[0]
-
-        def one():
-            gates, experts = routing.gates[0], routing.expert_index[0]
-            counts = gates > 0
-            rows = self.experts(examples[:1], experts=ops.where(counts, experts, 0))
-            rows = ops.where(counts[:, None], rows, ops.zeros((), rows.dtype))
-            return dispatch.as_batch(ops.matmul(ops.cast(gates[None], rows.dtype), rows))
-
-        k = routing.expert_index.shape[1]
-        if k is None or k > grouped.MOST_PIECES or not takes_one_example(self.experts):
-            return several()
-        return ops.cond(ops.shape(examples)[0] == 1, one, several)
-
-    def _drops(self, training):
-        return bool(training) and self.capacity_factor is not None
-
-    def _even_capacity(self, training):
-        if not hasattr(self.experts, "even_capacity"):
-            return 0
-        return functools.partial(self.experts.even_capacity, training=bool(training))
-
     def _capacity(self, routing, num_examples):
         # Of pairs the product; a gating of the user's own need not have the attribute.
         k = getattr(self.gating, "k", ops.shape(routing.expert_index)[1])
         k = math.prod(k) if isinstance(k, (tuple, list)) else k
         return dispatch.expert_capacity(self.capacity_factor, k, num_examples, self.num_experts)
-
-    def _call_experts(self, rows, plan):
-        if plan.rows_per_expert is None:
-            return self.experts(rows)
-        if hasattr(self.experts, "even_capacity"):
-            return self.experts(rows, plan.rows_per_expert, capacity=plan.capacity)
-        return self.experts(rows, plan.rows_per_expert)
 
     def _call_shared_experts(self, examples, mask):
         shape = (self.num_shared_experts, *ops.shape(examples))
