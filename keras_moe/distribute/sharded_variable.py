@@ -67,6 +67,8 @@ class ShardedVariable(internals.DistributedVariable):
         """This replica's variable; `None` outside of the replicas of its strategy."""
         if tf.distribute.get_strategy() is not self.distribute_strategy:
             return None
+        if internals.on_tpu():
+            return internals.component_on_tpu(self)
         replica = internals.local_replica()
         return None if replica is None else self._values[replica]
 
@@ -103,6 +105,8 @@ class ShardedVariable(internals.DistributedVariable):
 
     @property
     def handle(self):
+        if internals.on_tpu():
+            return internals.handle_on_tpu(self)
         if self.shard is None:
             raise ValueError(
                 "A variable that is held in shards has one handle on each replica, and none "
