@@ -58,7 +58,6 @@ def make_strategy(num_replicas, num_held=None):
         SimpleNamespace(get_tpu_system_metadata=lambda: metadata, cluster_spec=lambda: None)
     )
     if num_held < num_replicas:
-        strategy._enable_packed_variable_in_eager_mode = False
         strategy.extended._get_replica_id_in_sync_group = lambda replica: replica
     return strategy
 
@@ -77,17 +76,14 @@ def building(strategy):
         yield
 
 
-def lower(strategy, function, *specs):
-    """What one chip runs of a function: a module of XLA, serialized.
+def of_one_chip(strategy, function):
+    """What one chip runs of the function of a replica, as a `tf.function`.
 
-    Args:
-        strategy: Of `make_strategy`.
-        function: The function of a replica.
-        *specs: A `tf.TensorSpec` for each of its arguments.
+    It is there to be lowered: of variables it captures those of the first replica.
     """
 
     @tf.function(jit_compile=True, autograph=False)
-    def of_one_chip(*arguments):
+    def run(*arguments):
         replica = tf.cast(gen_xla_ops.xla_replica_id(), tf.int32)
         chip = _OneChip("one_chip", strategy.num_replicas_in_sync, tf.no_op())
         chip.Enter()
@@ -101,7 +97,16 @@ def lower(strategy, function, *specs):
         finally:
             chip.Exit()
 
-    return of_one_chip.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
+    return run
+
+
+def lower(function, *specs):
+    """A function of `of_one_chip` and a `tf.TensorSpec` of each argument to a module of XLA, bytes.
+
+    Its arguments are those of the function, then the variables that it captures. Its results are
+    those of the function, then the variables that it has updated.
+    """
+    return function.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
 
 
 class _OneChip(TPUReplicateContext):
@@ -114,7 +119,8 @@ class _OneChip(TPUReplicateContext):
         return value
 
     def get_replicated_var_handle(self, name, handle_id, vars_, is_mirrored=False, is_packed=False):
-        return vars_[0].handle
+        first = vars_[0]._distributed_variables[0] if is_packed else vars_[0]
+        return first.handle
 
 
 @contextlib.contextmanager
@@ -167,35 +173,49 @@ def make_topology(name):
     return topologies.get_topology_desc(name, "tpu", **options)
 
 
+@contextlib.contextmanager
+def reading(module):
+    """What `lower` returns as a module of MLIR, which lasts as long as the context."""
+    from jax._src.interpreters import mlir
+    from jaxlib import _jax
+    from jaxlib.mlir import ir
+
+    copies = []
+
+    def visit(operation):
+        if operation.name == "mhlo.copy":
+            copies.append(operation)
+        return ir.WalkResult.ADVANCE
+
+    with mlir.make_ir_context():
+        module = ir.Module.parse(_jax.mlir.hlo_to_stablehlo(module))
+        module.operation.walk(visit)
+        for copy in copies:  # TensorFlow's, of updated variables. StableHLO has no such operation.
+            copy.results[0].replace_all_uses_with(copy.operands[0])
+            copy.erase()
+        yield module
+
+
+def options_for(devices):
+    """The options by which jax compiles a module for devices, each a replica, and their list."""
+    import numpy as np
+    from jax._src import compiler
+    from jaxlib import _jax
+
+    options = compiler.get_compile_options(
+        num_replicas=len(devices),
+        num_partitions=1,
+        device_assignment=np.arange(len(devices))[:, None],
+    )
+    return _jax.DeviceList(tuple(devices)), options
+
+
 def compile_module(module, topology):
     """Compiles what `lower` returns for all chips of a topology.
 
     Returns:
         An executable of jaxlib, with `get_compiled_memory_stats()` and `hlo_modules()`.
     """
-    import numpy as np
-    from jax._src import compiler
-    from jax._src.interpreters import mlir
-    from jaxlib import _jax
-    from jaxlib.mlir import ir
-
     chips = topology.devices
-    options = compiler.get_compile_options(
-        num_replicas=len(chips),
-        num_partitions=1,
-        device_assignment=np.arange(len(chips))[:, None],
-    )
-    with mlir.make_ir_context():
-        module = ir.Module.parse(_jax.mlir.hlo_to_stablehlo(module))
-        copies = []
-
-        def visit(operation):
-            if operation.name == "mhlo.copy":
-                copies.append(operation)
-            return ir.WalkResult.ADVANCE
-
-        module.operation.walk(visit)
-        for copy in copies:  # TensorFlow's, of updated variables. StableHLO has no such operation.
-            copy.results[0].replace_all_uses_with(copy.operands[0])
-            copy.erase()
-        return chips[0].client.compile(module, _jax.DeviceList(tuple(chips)), options)
+    with reading(module) as module:
+        return chips[0].client.compile(module, *options_for(chips))

@@ -96,7 +96,8 @@ def lower(step):
     with absent_tpu.building(strategy):
         model = make_model(step)
     words = tf.TensorSpec([step.num_sentences, step.num_words], tf.int32)
-    return absent_tpu.lower(strategy, lambda *words: model.train_step(words), words, words)
+    train = absent_tpu.of_one_chip(strategy, lambda *words: model.train_step(words))
+    return absent_tpu.lower(train, words, words)
 
 
 def measured(executable):
@@ -139,31 +140,22 @@ def expected(step):
     return Memory(FLOAT_BYTES * (held + slots + 2 * words), 0, FLOAT_BYTES * (held + activations))
 
 
-def table(rows):
-    """The lines of a table of MiB per chip.
+def heads():
+    """The first two lines of a table of MiB per chip."""
+    names = ["model", "TPU", "optimizer", "arguments", "formula", "temporaries", "formula"]
+    names += ["outputs", "code"]
+    return f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|"
 
-    Args:
-        rows: List of pairs of a tuple of three names and a pair of two `Memory`, by the compiler
-            and by formulas.
-    """
-    heads = ["model", "TPU", "optimizer", "arguments", "formula", "temporaries", "formula"]
-    heads += ["outputs", "code"]
-    yield f"| {' | '.join(heads)} |"
-    yield "|" + "---|" * len(heads)
-    for names, (ours, formula) in rows:
-        numbers = (
-            ours.arguments,
-            formula.arguments,
-            ours.temporaries,
-            formula.temporaries,
-            ours.outputs,
-            ours.code,
-        )
-        yield f"| {' | '.join([*names, *(f'{number / 2**20:.1f}' for number in numbers)])} |"
+
+def row(names, got, formula):
+    """Its line of three names, what the compiler reports and what formulas say."""
+    numbers = [got.arguments, formula.arguments, got.temporaries, formula.temporaries]
+    numbers += [got.outputs, got.code]
+    return f"| {' | '.join([*names, *(f'{number / 2**20:.1f}' for number in numbers)])} |"
 
 
 def main(arguments=None):
-    """Compiles and prints; returns the rows of the table."""
+    """Compiles and prints; returns pairs of what the compiler reports and what formulas say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["MoE-256", "MoE-1024-h"])
     parser.add_argument("--topologies", nargs="+", default=["v5e:4x4", "v4:2x2x2"])
@@ -174,7 +166,8 @@ def main(arguments=None):
     parser.add_argument("--capacity-factor", type=float, default=1.25)
     options = parser.parse_args(arguments)
 
-    rows = []
+    print(heads(), flush=True)
+    pairs = []
     for preset in options.presets:
         for name in options.topologies:
             topology = absent_tpu.make_topology(name)
@@ -189,10 +182,10 @@ def main(arguments=None):
                     options.capacity_factor,
                 )
                 executable = absent_tpu.compile_module(lower(step), topology)
-                rows.append(((preset, name, optimizer), (measured(executable), expected(step))))
+                pairs.append((measured(executable), expected(step)))
+                print(row((preset, name, optimizer), *pairs[-1]), flush=True)
                 keras.backend.clear_session()
-    print("\n".join(table(rows)))
-    return rows
+    return pairs
 
 
 if __name__ == "__main__":
