@@ -51,8 +51,11 @@ def main(args):
     """Trains, evaluates and saves; returns the history of `fit`."""
     strategy = tf.distribute.MirroredStrategy(find_devices(args.devices))
     words, lookup = read_words(args)
-    batches = batching.batches(
-        words["train"], args.words_per_batch * args.devices, seed=args.seed, epochs=args.epochs
+    batches = filled_up(
+        batching.batches(
+            words["train"], args.words_per_batch * args.devices, seed=args.seed, epochs=args.epochs
+        ),
+        args.devices,
     )
     steps = len(batches)
     if steps < args.evaluations:
@@ -60,6 +63,10 @@ def main(args):
             "The text must be long enough for a batch before each evaluation. Received: "
             f"{steps} batches for {args.evaluations} evaluations"
         )
+
+    def held_out(part):
+        return filled_up(batching.batches(words[part], args.words_per_batch), args.devices)
+
     words_per_epoch = int(words["train"].flat_values.shape[0] + words["train"].nrows())
 
     heading(f"Training on {args.devices} devices, {args.num_experts // args.devices} experts each")
@@ -99,15 +106,15 @@ def main(args):
         batches,
         epochs=args.evaluations,
         steps_per_epoch=steps // args.evaluations,
-        validation_data=batching.batches(words["validation"], args.words_per_batch),
+        validation_data=held_out("validation"),
         shuffle=False,  # The batches are shuffled.
         callbacks=[throughput, show],
         verbose=0,
     ).history
 
     heading("Held-out text")
-    test = batching.batches(words["test"], args.words_per_batch)
-    print(f"perplexity {model.evaluate(test, return_dict=True, verbose=0)['perplexity']:.1f}")
+    logs = model.evaluate(held_out("test"), return_dict=True, verbose=0)
+    print(f"perplexity {logs['perplexity']:.1f}")
     args.output.mkdir(parents=True, exist_ok=True)
     model.save(args.output / "model.keras")
     print(f"wrote {args.output / 'model.keras'}, which loads on any number of devices")
@@ -129,6 +136,16 @@ def find_devices(number):
     if number > len(gpus):
         raise ValueError(f"There are {len(gpus)} GPUs. Received: --devices {number}")
     return [f"GPU:{i}" for i in range(number)]
+
+
+def filled_up(batches, devices):
+    """Adds sentences without words: of a first batch, Keras wants as many rows on each device."""
+
+    def fill_up(*parts):
+        missing = -tf.shape(parts[0])[0] % devices
+        return tuple(tf.pad(part, [[0, missing], [0, 0]]) for part in parts)
+
+    return batches.map(fill_up)
 
 
 def print_epoch(epoch, logs, devices):

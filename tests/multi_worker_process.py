@@ -41,10 +41,10 @@ class Training:
         num_replicas = strategy.num_replicas_in_sync
 
         @tf.function
-        def step():
+        def step(number):
             def of_replica():
                 replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-                inputs, targets = x[replica::num_replicas], y[replica::num_replicas]
+                inputs, targets = (part[:number][replica::num_replicas] for part in (x, y))
                 with tf.GradientTape() as tape:
                     errors = tf.square(model(inputs, training=True) - targets)
                     loss = tf.reduce_sum(errors) / (BATCH * 2 * CLASSES)
@@ -58,8 +58,12 @@ class Training:
         self._step = step
 
     def train(self, steps):
-        """Returns the losses."""
-        return [self._step().numpy() for _ in range(steps)]
+        """Returns the losses. Every second batch has one example: all replicas but one get none."""
+        losses = []
+        for _ in range(steps):
+            number = 1 if self.model.optimizer.iterations.numpy() % 2 else BATCH
+            losses.append(self._step(tf.constant(number)).numpy())
+        return losses
 
     def restore(self, folder):
         """Restores the last checkpoint and returns the number of steps that led to it."""
@@ -75,6 +79,14 @@ def held(model):
     return {v.path: shard for v in sharded for (shard,) in [v.value.shards]}
 
 
+def noise(strategy):
+    """What each of this process's replicas draws in two steps, [2, replicas, 3]."""
+    with strategy.scope():
+        generator = keras_moe.NoisyTopKGating(8, 2, seed=1).seed_generator
+    draw = tf.function(lambda: strategy.run(lambda: keras.random.normal((3,), seed=generator)))
+    return np.array([strategy.experimental_local_results(draw()) for _ in range(2)])
+
+
 def main(folder, other_folder=None):
     """See above."""
     options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=100)
@@ -86,6 +98,7 @@ def main(folder, other_folder=None):
     losses = training.train(STEPS)
     np.savez(own.with_suffix(".state.npz"), losses, *state(training.model))
     np.savez(own.with_suffix(".held.npz"), **held(training.model))
+    np.savez(own.with_suffix(".noise.npz"), noise(strategy))
     keras_moe.save_weights(training.model, folder / "model.weights.h5")
     kernel = training.model.get_layer("mixture").experts.kernels[0]
 

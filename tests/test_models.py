@@ -49,6 +49,16 @@ def test_perplexity_counts_every_word_but_padding():
     np.testing.assert_allclose(logs["loss"], mean + balance, rtol=1e-5)
 
 
+def test_a_batch_without_words_has_no_loss_and_changes_nothing():
+    # As a replica gets it where there are fewer sentences than replicas.
+    model = made()
+    model.compile("sgd")
+    model.build((None, None))
+    before = model.get_weights()
+    assert model.train_on_batch(0 * TOKENS, 0 * TARGETS, return_dict=True)["loss"] == 0
+    np.testing.assert_equal(model.get_weights(), before)
+
+
 def test_residuals_and_the_sigmoid_stand_where_appendix_c_puts_them():
     model = made()
     model.build((None, None))

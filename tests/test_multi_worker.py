@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from multi_worker_process import STEPS, Training
+from multi_worker_process import STEPS, Training, noise
 from replicas import assert_equal_training, state, strategy
 
 import keras_moe
@@ -150,6 +150,15 @@ def test_each_worker_holds_its_part_of_the_experts_and_their_slots(workers):
             assert len(parts) * part[name].nbytes == whole[name].nbytes
         rows = np.concatenate([part[name] for part in parts])
         np.testing.assert_allclose(rows, whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_noise_differs_from_worker_to_worker_and_repeats(workers):
+    drawn = np.concatenate([result["arr_0"] for result in workers.results("noise")], axis=1)
+    number = drawn.shape[1]
+    assert number == len(workers.processes)
+    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) == 2 * number  # two steps
+    # The same as the replicas of one process.
+    np.testing.assert_array_equal(drawn, noise(strategy(number)))
 
 
 def test_the_weight_file_holds_all_experts(workers):

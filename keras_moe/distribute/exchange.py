@@ -6,7 +6,6 @@ import tensorflow as tf
 
 from keras_moe import dispatch
 from keras_moe.distribute import collectives, internals
-from keras_moe.routing import Routing
 
 _ROUNDS = 4  # under XLA, if every two replicas have as many rows for each other as they may
 
@@ -23,6 +22,13 @@ class _Runs(NamedTuple):
     number: Any
 
 
+class _Choices(NamedTuple):
+    """What a plan asks of a `Routing`, of which this module knows nothing else."""
+
+    expert_index: Any
+    gates: Any
+
+
 def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
     """Applies a function to rows on the replicas that hold the rows' experts.
 
@@ -35,7 +41,8 @@ def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
             returns them with another width.
         rows: Float tensor [M, D], sorted by expert.
         rows_per_expert: int32 [N]. Rows behind those belong to no expert, and come back as zeros.
-        make_plan: Function from the `Routing` of rows to n experts to their `Plan`.
+        make_plan: Function from what a `Routing` says of rows to n experts, `expert_index` and
+            `gates`, to their `Plan`.
         most: The most rows that a replica can receive, the same number on all; XLA needs to know.
             Default: R·M, all rows of all.
 
@@ -60,7 +67,7 @@ def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
     )
     valid = kind < tf.size(theirs)
     expert = tf.where(valid, kind % counts.shape[1], 0)[:, None]
-    plan = make_plan(Routing(expert, tf.cast(valid[:, None], tf.float32), None, None))
+    plan = make_plan(_Choices(expert, tf.cast(valid[:, None], tf.float32)))
     rows = dispatch.dispatch(_move(rows, sent, received, size, rounds), plan)
     y = dispatch.collect(function(rows, plan), plan)
     return _move(y, received, sent, size, rounds)

@@ -12,10 +12,14 @@ in each, while collectives are of all replicas of all workers.
 `TPUStrategy` traces one function for all replicas. In it the handle of a variable stands for that
 of whichever replica runs it, the number of the replica is a tensor, and collectives are operations
 of the public `tf.raw_ops`.
+Checked with Keras 3.15. It has no public way to tell an optimizer that a gradient needs no sum over
+the replicas. So `ExpertParallel` does by itself what Keras does before and after `update_step`, and
+needs the slots for it.
 """
 
 import weakref
 
+import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.distribute.tpu_util import enclosing_tpu_context
@@ -23,13 +27,60 @@ from tensorflow.python.distribute.values import DistributedVariable
 from tensorflow.python.distribute.values_util import get_current_replica_id_as_int
 from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
-from tensorflow.python.ops.resource_variable_ops import (
-    BaseResourceVariable,
-    ResourceVariable,
-    UninitializedVariable,
-)
+from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable, ResourceVariable
 
-__all__ = ["DistributedVariable", "UninitializedVariable"]
+
+class VariableOfShards(DistributedVariable):
+    """What TensorFlow asks of a distributed variable by private names, here by public ones.
+
+    Args:
+        strategy: The strategy.
+        shards: List of variables, one for each replica of this process.
+    """
+
+    def __init__(self, strategy, shards):
+        super().__init__(strategy, shards, tf.VariableAggregation.NONE)
+
+    @property
+    def shards(self):
+        """List of the variables of this process's replicas."""
+        return list(self._values)
+
+    @property
+    def shard(self):
+        """This replica's variable; `None` outside of the replicas of its strategy."""
+        if tf.distribute.get_strategy() is not self.distribute_strategy:
+            return None
+        if on_tpu():
+            return component_on_tpu(self)
+        replica = local_replica()
+        return None if replica is None else self._values[replica]
+
+    def current(self):
+        """What is read here: inside a replica its variable, elsewhere a tensor of all."""
+        raise NotImplementedError
+
+    def refuse_export(self):
+        """Raises that a SavedModel can't hold the variable."""
+        raise NotImplementedError
+
+    def _get(self):
+        return self.current()
+
+    def _get_cross_replica(self):
+        return self.current()
+
+    def _get_on_device_or_primary(self):
+        return self.shard or self._primary
+
+    def _get_replica(self, replica_id):
+        return self.values  # Where replicas update without `merge_call`.
+
+    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        return tf.convert_to_tensor(self.current(), dtype=dtype, name=name)
+
+    def _export_to_saved_model_graph(self, *args, **kwargs):
+        self.refuse_export()
 
 
 def local_replica():
@@ -185,3 +236,36 @@ def _worker_ranks(strategy):
         for task in range(len(jobs.get(job, ())))
     ]
     return [sorted(names).index(name) for name in names] or [0]
+
+
+def accumulated_gradients(optimizer, variables):
+    """The slots in which a Keras optimizer adds up the gradients of variables."""
+    slots = optimizer._accumulated_gradients
+    return [slots[optimizer._get_variable_index(variable)] for variable in variables]
+
+
+def moving_averages(optimizer):
+    """List of pairs of a variable and its average in a Keras optimizer with `use_ema`."""
+    averages = optimizer._model_variables_moving_average
+    return list(zip(optimizer._trainable_variables, averages, strict=True))
+
+
+def iterations(optimizer):
+    """The variable that counts gradients; `optimizer.iterations` are those that it has applied."""
+    return optimizer._iterations
+
+
+def has_weight_decay(optimizer, variable):
+    """Whether a Keras optimizer with `weight_decay` makes a variable decay."""
+    return optimizer._use_weight_decay(variable)
+
+
+def has_step_of_its_own(optimizer):
+    """Whether a Keras optimizer does more in a step than to update each variable, as Nadam does."""
+    return type(optimizer)._backend_update_step is not keras.Optimizer._backend_update_step
+
+
+def begin_step(optimizer):
+    """Does of a step what comes before the updates."""
+    if has_step_of_its_own(optimizer):
+        optimizer._backend_update_step([], [], optimizer.learning_rate)

@@ -1,8 +1,7 @@
 """`ExpertParallel`: makes an optimizer of Keras update variables that are held in shards.
 
-Keras has no public way to tell an optimizer that a gradient needs no sum over the replicas. So what
-Keras does with gradients before and after `update_step` is done here, by settings and slots of the
-inner optimizer, of which some are private: checked with Keras 3.15.
+What Keras does with gradients before and after `update_step` is done here, by settings and slots of
+the inner optimizer; `internals.py` tells why.
 """
 
 import keras
@@ -87,13 +86,12 @@ class ExpertParallel(keras.optimizers.Optimizer):
                 if variable.constraint is not None:
                     value = _of_replica(variable)
                     value.assign(variable.constraint(value))
-        inner._iterations.assign_add(1)
+        internals.iterations(inner).assign_add(1)
 
     def _accumulate(self, grads, variables):
         inner = self.inner_optimizer
         steps = inner.gradient_accumulation_steps
-        indices = [inner._get_variable_index(variable) for variable in variables]
-        slots = [_of_replica(inner._accumulated_gradients[i]) for i in indices]
+        slots = list(map(_of_replica, internals.accumulated_gradients(inner, variables)))
 
         def update():
             sums = [gradient + slot for gradient, slot in zip(grads, slots, strict=True)]
@@ -105,19 +103,20 @@ class ExpertParallel(keras.optimizers.Optimizer):
             for gradient, slot in zip(grads, slots, strict=True):
                 slot.assign_add(tf.convert_to_tensor(gradient))
 
-        tf.cond((inner._iterations + 1) % steps == 0, update, wait)
+        tf.cond((internals.iterations(inner) + 1) % steps == 0, update, wait)
 
     def _update(self, grads, variables):
         """Each replica updates what it holds, by the whole gradients of that."""
         inner = self.inner_optimizer
         grads = _clip(inner, grads, variables)
         if inner.weight_decay is not None:
-            for variable in filter(inner._use_weight_decay, variables):
+            for variable in variables:
+                if not internals.has_weight_decay(inner, variable):
+                    continue
                 value = _of_replica(variable)
                 rate = tf.cast(inner.learning_rate, value.dtype) * inner.weight_decay
                 value.assign_sub(value * rate)
-        if _has_step_of_its_own(inner):
-            inner._backend_update_step([], [], inner.learning_rate)
+        internals.begin_step(inner)
         for gradient, variable in zip(grads, variables, strict=True):
             inner.update_step(gradient, _of_replica(variable), inner.learning_rate)
 
@@ -125,8 +124,7 @@ class ExpertParallel(keras.optimizers.Optimizer):
         inner = self.inner_optimizer
         # The first average is the value itself.
         momentum = tf.where(tf.equal(inner.iterations, 0), 0.0, inner.ema_momentum)
-        pairs = zip(inner._trainable_variables, inner._model_variables_moving_average, strict=True)
-        pairs = [(_of_replica(variable), _of_replica(average)) for variable, average in pairs]
+        pairs = [tuple(map(_of_replica, pair)) for pair in internals.moving_averages(inner)]
         for value, average in pairs:
             average.assign_add((1 - tf.cast(momentum, value.dtype)) * (value - average))
 
@@ -161,9 +159,7 @@ class ExpertParallel(keras.optimizers.Optimizer):
         if not any(map(_is_sharded, var_list)):
             inner.finalize_variable_values(var_list)
         elif inner.use_ema:
-            for variable, average in zip(
-                var_list, inner._model_variables_moving_average, strict=True
-            ):
+            for variable, average in internals.moving_averages(inner):
                 _value(variable).assign(_value(average))
 
     def save_own_variables(self, store):
@@ -203,7 +199,7 @@ def _check(optimizer):
             "expert's gradient; this one takes norms or means over whole variables. Take another, "
             f"as Adam or keras_moe.optimizers.FactoredAdam. Received: {type(optimizer).__name__}"
         )
-    if _has_step_of_its_own(optimizer) and optimizer.gradient_accumulation_steps:
+    if internals.has_step_of_its_own(optimizer) and optimizer.gradient_accumulation_steps:
         raise ValueError(
             "This optimizer cannot accumulate gradients under ExpertParallel. Received: "
             f"{type(optimizer).__name__} with `gradient_accumulation_steps="
@@ -216,11 +212,6 @@ _OF_WHOLE_VARIABLES = (
     keras.optimizers.Lamb,
     keras.optimizers.Muon,
 )
-
-
-def _has_step_of_its_own(optimizer):
-    """Whether an optimizer does more in a step than to update each variable, as Nadam does."""
-    return type(optimizer)._backend_update_step is not keras.Optimizer._backend_update_step
 
 
 def _value(variable):

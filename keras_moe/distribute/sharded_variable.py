@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_moe.distribute import internals
 
 
-class ShardedVariable(internals.DistributedVariable):
+class ShardedVariable(internals.VariableOfShards):
     """A variable [N, ...] of which replica r of R holds rows r·N/R to (r + 1)·N/R.
 
     Inside a replica of its strategy it reads as that replica's rows, and assigns them. Everywhere
@@ -23,14 +23,6 @@ class ShardedVariable(internals.DistributedVariable):
         shards: List of this worker's variables [N/R, ...], one on the device of each replica.
     """
 
-    def __init__(self, strategy, shards):
-        super().__init__(strategy, shards, tf.VariableAggregation.NONE)
-
-    @property
-    def shards(self):
-        """List of the variables [N/R, ...] of this worker's replicas."""
-        return list(self._values)
-
     @property
     def num_shards(self):
         """R, over all workers."""
@@ -39,7 +31,7 @@ class ShardedVariable(internals.DistributedVariable):
     @property
     def _is_elsewhere(self):
         """Whether other workers hold rows."""
-        return len(self._values) < self.num_shards
+        return len(self.shards) < self.num_shards
 
     @property
     def values(self):
@@ -51,34 +43,21 @@ class ShardedVariable(internals.DistributedVariable):
             f"{self.name!r} of shape {tuple(self.shape)}"
         )
 
-    def _get_replica(self, replica_id):
-        return self.values  # As above, where replicas update without `merge_call`.
-
     @property
     def shape(self):
-        rows, *rest = self._values[0].shape
+        rows, *rest = self.shards[0].shape
         return tf.TensorShape([rows * self.num_shards, *rest])
 
     def get_shape(self):
         return self.shape
 
-    @property
-    def shard(self):
-        """This replica's variable; `None` outside of the replicas of its strategy."""
-        if tf.distribute.get_strategy() is not self.distribute_strategy:
-            return None
-        if internals.on_tpu():
-            return internals.component_on_tpu(self)
-        replica = internals.local_replica()
-        return None if replica is None else self._values[replica]
-
-    def _get(self):
+    def current(self):
         if self.shard is not None:
             return self.shard
         if not self._is_elsewhere:
-            return tf.concat([shard.read_value() for shard in self._values], axis=0)
+            return tf.concat([shard.read_value() for shard in self.shards], axis=0)
         with tf.device("CPU:0"):  # Where there is more room than on one replica's device.
-            rows = tf.concat([shard.read_value() for shard in self._values], axis=0)
+            rows = tf.concat([shard.read_value() for shard in self.shards], axis=0)
         try:
             return internals.gather_from_workers(self.distribute_strategy, rows)
         except (tf.errors.DeadlineExceededError, tf.errors.InternalError) as error:
@@ -89,19 +68,10 @@ class ShardedVariable(internals.DistributedVariable):
                 f"not come in time. Received: a read of {self.name!r} of shape {tuple(self.shape)}"
             ) from error
 
-    def _get_cross_replica(self):
-        return self._get()
-
-    def _get_on_device_or_primary(self):
-        return self.shard or self._primary
-
     def value(self):
-        return tf.identity(self._get())
+        return tf.identity(self.current())
 
     read_value = value
-
-    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
-        return tf.convert_to_tensor(self._get(), dtype=dtype, name=name)
 
     @property
     def handle(self):
@@ -116,10 +86,10 @@ class ShardedVariable(internals.DistributedVariable):
 
     def numpy(self):
         if self._is_elsewhere:
-            return np.asarray(self._get())
+            return np.asarray(self.current())
         # One shard after the other, so that there are never two copies of all rows.
         rows = np.empty(self.shape, self.dtype.as_numpy_dtype)
-        for part, shard in zip(np.split(rows, len(self._values)), self._values, strict=True):
+        for part, shard in zip(np.split(rows, len(self.shards)), self.shards, strict=True):
             part[...] = shard.numpy()
         return rows
 
@@ -131,7 +101,7 @@ class ShardedVariable(internals.DistributedVariable):
         with tf.device("CPU:0"):
             return internals.make_component(initial_value=self.numpy(), name=name)
 
-    def _export_to_saved_model_graph(self, *args, **kwargs):
+    def refuse_export(self):
         raise NotImplementedError(
             "A SavedModel has to hold all experts in one variable, but this model's are held in "
             "shards. Export it by `keras_moe.export_saved_model(model, path)`, or save it and load "
@@ -155,7 +125,7 @@ class ShardedVariable(internals.DistributedVariable):
             parts = value.shards
         else:
             parts = _parts_of_worker(self.distribute_strategy, value)
-        for shard, part in zip(self._values, parts, strict=True):
+        for shard, part in zip(self.shards, parts, strict=True):
             with tf.device(shard.device):
                 getattr(shard, method)(part)
         return self

@@ -174,7 +174,9 @@ class LanguageModel(keras.Model):
         """Mean cross-entropy per word, and the losses of the layers."""
         losses = self.cross_entropy(y, y_pred, training)
         self.perplexity.update_state(losses)
-        self.add_loss(ops.mean(losses))  # Keras scales it to the replicas, like the others.
+        # Of several replicas one may have no words. Keras takes the mean of all replicas.
+        number = ops.cast(ops.maximum(ops.size(losses), 1), losses.dtype)
+        self.add_loss(ops.sum(losses) / number)
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 
     def get_config(self):
