@@ -12,6 +12,7 @@ in each, while collectives are of all replicas of all workers.
 `TPUStrategy` traces one function for all replicas. In it the handle of a variable stands for that
 of whichever replica runs it, the number of the replica is a tensor, and collectives are operations
 of the public `tf.raw_ops`.
+
 Checked with Keras 3.15. It has no public way to tell an optimizer that a gradient needs no sum over
 the replicas. So `ExpertParallel` does by itself what Keras does before and after `update_step`, and
 needs the slots for it.
