@@ -45,7 +45,13 @@ def hierarchical(capacity_factor=None, **kwargs):
     return HierarchicalMoE(8, 2, 5, (2, 2), **kwargs)
 
 
-def make_model(num_replicas, make_layers, make_optimizer=keras.optimizers.SGD, **compile_arguments):
+def make_model(
+    num_replicas,
+    make_layers,
+    make_optimizer=keras.optimizers.SGD,
+    metrics=("mae",),
+    **compile_arguments,
+):
     """A model between two dense layers, with the same random weights for any number of replicas.
 
     A row of which all entries are 0 is masked.
@@ -59,7 +65,7 @@ def make_model(num_replicas, make_layers, make_optimizer=keras.optimizers.SGD, *
         for weight in model.weights:
             weight.assign(0.5 * rng.normal(size=weight.shape))
         optimizer = ExpertParallel(make_optimizer())
-        model.compile(optimizer, "mse", metrics=["mae"], **compile_arguments)
+        model.compile(optimizer, "mse", metrics=list(metrics), **compile_arguments)
     return model
 
 

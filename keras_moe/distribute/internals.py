@@ -9,19 +9,26 @@ A strategy over several workers, `MultiWorkerMirroredStrategy`, runs in one proc
 a process has the launchers and the components of its own replicas alone, which are numbered from 0
 in each, while collectives are of all replicas of all workers.
 
+`TPUStrategy` traces one function for all replicas. In it the handle of a variable stands for that
+of whichever replica runs it, the number of the replica is a tensor, and collectives are operations
+of the public `tf.raw_ops`.
+
 Checked with Keras 3.15. It has no public way to tell an optimizer that a gradient needs no sum over
 the replicas. So `ExpertParallel` does by itself what Keras does before and after `update_step`, and
 needs the slots for it.
 """
 
+import weakref
+
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.distribute.tpu_util import enclosing_tpu_context
 from tensorflow.python.distribute.values import DistributedVariable
 from tensorflow.python.distribute.values_util import get_current_replica_id_as_int
 from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
-from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable, ResourceVariable
 
 
 class VariableOfShards(DistributedVariable):
@@ -45,6 +52,8 @@ class VariableOfShards(DistributedVariable):
         """This replica's variable; `None` outside of the replicas of its strategy."""
         if tf.distribute.get_strategy() is not self.distribute_strategy:
             return None
+        if on_tpu():
+            return component_on_tpu(self)
         replica = local_replica()
         return None if replica is None else self._values[replica]
 
@@ -80,6 +89,36 @@ def local_replica():
     return get_current_replica_id_as_int()
 
 
+def on_tpu():
+    """Whether what is traced is the function of all replicas of a `TPUStrategy`."""
+    return enclosing_tpu_context() is not None
+
+
+def component_on_tpu(variable):
+    """What a replica of a `TPUStrategy` holds of a distributed variable, as a variable."""
+    first = variable._values[0]
+    component = BaseResourceVariable(
+        handle=variable.handle,
+        shape=first.shape,
+        dtype=first.dtype,
+        trainable=first.trainable,
+        handle_name=first.name,
+    )
+    component._distributed_container = weakref.ref(variable)  # By which Keras finds its slots.
+    return component
+
+
+def handle_on_tpu(variable):
+    """The handle of what a replica of a `TPUStrategy` holds of a variable, not the same on all."""
+    packed = variable._packed_var
+    return enclosing_tpu_context().get_replicated_var_handle(
+        variable._common_name,
+        f"{variable._common_name}_{id(variable._primary)}",  # Names alone need not differ.
+        variable._values if packed is None else [packed],
+        is_packed=packed is not None,
+    )
+
+
 def make_component(**kwargs):
     """Makes a variable on the current device that no strategy makes into another."""
     return ResourceVariable(**kwargs)
@@ -93,12 +132,20 @@ def compiling():
 
 def has_collectives(strategy):
     """Whether the replicas of a strategy can launch collectives."""
-    return bool(_launchers(strategy))
+    return on_tpu() or bool(_launchers(strategy))
 
 
 def all_to_all(x):
     """Sends x[r] to replica r and returns what all have sent, [R, ...], without a gradient."""
     strategy = tf.distribute.get_strategy()
+    if on_tpu():
+        return tf.raw_ops.AllToAll(
+            input=x,
+            group_assignment=_everybody(),
+            concat_dimension=0,
+            split_dimension=0,
+            split_count=strategy.num_replicas_in_sync,
+        )
     launcher = _launchers(strategy)[local_replica()]
     ranks = _ranks(strategy)
     if ranks == sorted(ranks):
@@ -109,6 +156,12 @@ def all_to_all(x):
 
 def all_reduce(x, merge_op):
     """The sum ("Add") or the maximum ("Max") over all replicas, without a gradient."""
+    if on_tpu():
+        if merge_op == "Add":
+            return tf.raw_ops.CrossReplicaSum(input=x, group_assignment=_everybody())
+        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        # There is no operation for it, and what is asked for is a number or two.
+        return tf.reduce_max(all_to_all(tf.repeat(x[None], num_replicas, axis=0)), axis=0)
     launcher = _launchers(tf.distribute.get_strategy())[local_replica()]
     return _launch(launcher, collective_ops.all_reduce_v2, x, merge_op=merge_op)
 
@@ -138,6 +191,11 @@ def replicas_of_worker(strategy):
         return range(num_local)
     first = strategy.extended._get_replica_id_in_sync_group(0)
     return range(first, first + num_local)
+
+
+def _everybody():
+    """The groups of replicas that have a collective together: one of all, [1, R]."""
+    return [list(range(tf.distribute.get_strategy().num_replicas_in_sync))]
 
 
 def _launchers(strategy):

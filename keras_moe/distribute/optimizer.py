@@ -228,6 +228,8 @@ def _of_replica(variable):
     value = _value(variable)
     if isinstance(value, ShardedVariable):
         return value.shard
+    if internals.on_tpu():
+        return internals.component_on_tpu(value)
     return tf.distribute.get_strategy().experimental_local_results(value)[internals.local_replica()]
 
 

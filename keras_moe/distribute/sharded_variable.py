@@ -75,6 +75,8 @@ class ShardedVariable(internals.VariableOfShards):
 
     @property
     def handle(self):
+        if internals.on_tpu():
+            return internals.handle_on_tpu(self)
         if self.shard is None:
             raise ValueError(
                 "A variable that is held in shards has one handle on each replica, and none "
