@@ -50,7 +50,7 @@ _SETTINGS = (
 def parse_arguments(arguments=None):
     """Reads the command line."""
     options = (
-        ("hidden-units", 64, "hidden units of an expert of MoE-256, the one with most gating"),
+        ("hidden-units", 32, "hidden units of an expert of MoE-256, the one with most gating"),
         ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
         ("models", list(MODELS), f"of {', '.join(MODELS)}"),
         ("output", ROOT / "results" / "capacity", "folder for the results and the picture"),
@@ -62,7 +62,7 @@ def parse_arguments(arguments=None):
         vocabulary_size=10_000,
         dropout=0.0,
         words_per_batch=8192,
-        epochs=2,
+        epochs=4,
         learning_rate=0.01,
     )
     unknown = [name for name in args.models if name not in MODELS]
