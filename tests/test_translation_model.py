@@ -75,6 +75,8 @@ def test_presets_are_those_of_appendix_e():
             (hidden,) = moe.get_config()["hidden_units"]
             assert (type(moe.gating), moe.num_experts, moe.k, hidden) == expected
             assert moe.importance_loss_weight == moe.load_loss_weight == 0.01
+            # One over the paper's 16,000 words of a batch, roundly.
+            assert getattr(moe.gating, "batchwise_loss_weight", 1e-4) == 1e-4
 
 
 def made(**kwargs):

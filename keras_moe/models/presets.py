@@ -81,10 +81,15 @@ class Preset:
             return None
         if self.num_experts == 1:
             return self._make_expert(dtype, name)
+        if self.num_groups is not None and self.num_experts % self.num_groups:
+            raise ValueError(
+                "`num_experts` must be a multiple of `num_groups`. Received: "
+                f"num_experts={self.num_experts}, num_groups={self.num_groups}"
+            )
         options = {
             "hidden_units": self.hidden_units,
             "k": self.k,
-            "gating": self.gating,
+            "gating": self.make_gating(),
             "importance_loss_weight": self.importance_loss_weight,
             "load_loss_weight": self.load_loss_weight,
             "dtype": dtype,
@@ -93,12 +98,11 @@ class Preset:
         }
         if self.num_groups is None:
             return SparseMoE(self.num_experts, **options)
-        if self.num_experts % self.num_groups:
-            raise ValueError(
-                "`num_experts` must be a multiple of `num_groups`. Received: "
-                f"num_experts={self.num_experts}, num_groups={self.num_groups}"
-            )
         return HierarchicalMoE(self.num_groups, self.num_experts // self.num_groups, **options)
+
+    def make_gating(self):
+        """Returns the `gating` of the mixture's layer: its name, or a layer."""
+        return self.gating
 
     def _make_expert(self, dtype, name):
         several = isinstance(self.hidden_units, tuple)

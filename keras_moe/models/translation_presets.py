@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from keras_moe.balanced_gating import StrictlyBalancedGating
+from keras_moe.hierarchical_balanced_gating import HierarchicalBalancedGating
 from keras_moe.models.presets import Preset
 
 VOCABULARY_SIZE = 32_000  # The paper's "32K wordpieces".
@@ -16,6 +18,9 @@ class TranslationPreset(Preset):
             counted apart, and those of the decoder.
         lstm_units: Units of each LSTM, its output projected to D.
         num_experts: N of each of the two mixtures. With 0 there is none.
+        batchwise_loss_weight: Weight of L_batchwise, a sum over the batch, beside the cross-entropy
+            per word: about one over the words of a batch. The paper names none; with 1 the mixtures
+            would learn to please their thresholds before they learn to translate.
     """
 
     num_lstms: tuple = (3, 2)
@@ -24,7 +29,18 @@ class TranslationPreset(Preset):
     importance_loss_weight: float = 0.01
     load_loss_weight: float = 0.01
     gating: str = "strictly_balanced"
+    batchwise_loss_weight: float = 1e-4
     dropout: float = 0.4
+
+    def make_gating(self):
+        """Returns the `gating` of the mixture's layer: its name, or a layer."""
+        if self.gating != "strictly_balanced":
+            return self.gating
+        options = {"batchwise_loss_weight": self.batchwise_loss_weight, "name": "gating"}
+        if self.num_groups is None:
+            return StrictlyBalancedGating(self.num_experts, self.k, **options)
+        members = self.num_experts // self.num_groups
+        return HierarchicalBalancedGating(self.num_groups, members, self.k, **options)
 
 
 # As in Table 7, the first branching of a hierarchical mixture is the number of GPUs: up to 64.
