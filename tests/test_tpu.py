@@ -158,6 +158,32 @@ def test_chips_take_the_step_that_one_device_takes(layers):
                 np.testing.assert_array_equal(other, first)
 
 
+def test_the_collectives_become_those_of_xla():
+    groups = [list(range(NUM_REPLICAS))]
+
+    @tf.function
+    def exchange_and_add(x):
+        x = tf.raw_ops.AllToAll(
+            input=x,
+            group_assignment=groups,
+            concat_dimension=0,
+            split_dimension=0,
+            split_count=NUM_REPLICAS,
+        )
+        return tf.raw_ops.CrossReplicaSum(input=x, group_assignment=groups)
+
+    function = exchange_and_add.get_concrete_function(tf.TensorSpec([NUM_REPLICAS, 3]))
+    module = tf.mlir.experimental.convert_function(function)
+    lowered = tf.mlir.experimental.run_pass_pipeline(module, "xla-legalize-tf")
+    (exchange,) = [line for line in lowered.splitlines() if "mhlo.all_to_all" in line]
+    (total,) = [line for line in lowered.splitlines() if "mhlo.cross-replica-sum" in line]
+    assert "tf." not in exchange + total
+    for attribute in ("concat_dimension = 0", "split_dimension = 0", "split_count = 4"):
+        assert attribute in exchange
+    assert f"replica_groups = dense<{groups}>" in exchange
+    assert f"replica_groups = dense<{groups}>" in total
+
+
 def test_the_formula_of_the_weights_and_slots_of_a_chip():
     step = tpu_compile.Step("MoE-256", "Adam", 8, 2, 3, 1000, 1.25)
     experts = 256 // 8 * 2 * 512 * 1024
