@@ -37,13 +37,15 @@ func.func public @main(%x: {type}) -> {type} {{
 }}"""
 
 
-def make_strategy(num_replicas, num_held=None):
+def make_strategy(num_replicas, num_held=None, packed=False):
     """A `TPUStrategy` without TPUs.
 
     Args:
         num_replicas: R.
         num_held: How many replicas' parts of each variable there are; the first alone need memory
             for a part. Default: R.
+        packed: Whether functions capture one handle for the parts of a variable, as `TPUStrategy`
+            has it. Assignments then find a part by its device, and here all are on the same.
     """
     num_held = num_held or num_replicas
     name = "/job:localhost/replica:0/task:0/device:TPU:{}"
@@ -57,6 +59,7 @@ def make_strategy(num_replicas, num_held=None):
     strategy = tf.distribute.TPUStrategy(
         SimpleNamespace(get_tpu_system_metadata=lambda: metadata, cluster_spec=lambda: None)
     )
+    strategy._enable_packed_variable_in_eager_mode = packed
     if num_held < num_replicas:
         strategy.extended._get_replica_id_in_sync_group = lambda replica: replica
     return strategy
@@ -119,8 +122,7 @@ class _OneChip(TPUReplicateContext):
         return value
 
     def get_replicated_var_handle(self, name, handle_id, vars_, is_mirrored=False, is_packed=False):
-        first = vars_[0]._distributed_variables[0] if is_packed else vars_[0]
-        return first.handle
+        return vars_[0].handle
 
 
 @contextlib.contextmanager

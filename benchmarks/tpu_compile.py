@@ -115,9 +115,9 @@ def expected(step):
     """The `Memory` by formulas, in float32, without the room that a TPU's tiles leave empty.
 
     Temporaries are the gradients of all that a chip holds, and what the backward pass needs of the
-    forward pass: of each word the gradient of its logits, which the loss computes beside them, and
-    of every LSTM its gates, its memory and what it was given; of each place at an expert the row,
-    the hidden units and the result.
+    forward pass: of each word the logits, and of every LSTM its gates, its memory and what it was
+    given; of each place at an expert the row, the hidden units and the result; and for the gatings
+    of groups, which drop nothing, room for the rows of all chips.
     """
     preset = get_preset(step.preset)
     width, hidden, vocabulary_size = preset.width, preset.hidden_units, step.vocabulary_size
@@ -134,8 +134,10 @@ def expected(step):
     words = step.num_sentences * step.num_words
     choices = words * math.prod(preset.k if isinstance(preset.k, tuple) else (preset.k,))
     units = preset.lstm_units or width
-    activations = words * (2 * vocabulary_size + preset.num_lstms * (5 * units + width))
+    activations = words * (vocabulary_size + preset.num_lstms * (5 * units + width))
     activations += math.ceil(step.capacity_factor * choices) * (2 * width + hidden)
+    if preset.num_groups is not None:
+        activations += step.num_chips * words * preset.k[0] * width
     held = num_held * per_expert + divided + mirrored
     slots = num_held * slots_of_expert + 2 * (divided + mirrored)
     return Memory(FLOAT_BYTES * (held + slots + 2 * words), 0, FLOAT_BYTES * (held + activations))
