@@ -27,13 +27,17 @@ class Server:
     Args:
         program: What `compile_server` returns.
         path: Folder of a version.
+        libraries: Files of operations that TensorFlow itself lacks.
     """
 
-    def __init__(self, program, path):
+    def __init__(self, program, path, libraries=()):
         saved_model = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
         self._signatures = saved_model.meta_graphs[0].signature_def
         self.process = subprocess.Popen(
-            [program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [program, path, *libraries],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
 
     def ask(self, signature, **request):

@@ -1,7 +1,9 @@
 """What holds for all tests."""
 
 import gc
+import shutil
 
+import c_api
 import pytest
 import tensorflow as tf
 
@@ -20,3 +22,11 @@ def frozen_heap():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    """A program in C that answers as a SavedModel does."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc, which compiles a program that uses TensorFlow's C API, is missing")
+    return c_api.compile_server(tmp_path_factory.mktemp("program") / "saved_model_server")

@@ -1,6 +1,6 @@
 /* Runs a SavedModel by TensorFlow's C API alone, as a server does.
 
-   The first argument is its folder. Requests come in on stdin, answers go out on stdout, all numbers
+   The first argument is its folder, any others are libraries of more operations. Requests come in on stdin, answers go out on stdout, all numbers
    int64 in the machine's byte order, and bytes behind their number.
 
    request: number of inputs, each a name and a tensor; number of outputs, each a name
@@ -139,8 +139,12 @@ static void answer(TF_Session *session, TF_Graph *graph, TF_Status *status) {
 }
 
 int main(int argc, char **argv) {
-  if (argc != 2) fail("usage: saved_model_server FOLDER");
+  if (argc < 2) fail("usage: saved_model_server FOLDER [LIBRARY ...]");
   TF_Status *status = TF_NewStatus();
+  for (int i = 2; i < argc; i++) {
+    TF_LoadLibrary(argv[i], status);
+    if (TF_GetCode(status) != TF_OK) fail(TF_Message(status));
+  }
   TF_Graph *graph = TF_NewGraph();
   TF_SessionOptions *options = TF_NewSessionOptions();
   const char *tags[] = {"serve"};

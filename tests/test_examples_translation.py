@@ -1,20 +1,24 @@
 """The example that trains translation models, from strings to an export that maps strings."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
+import c_api
 import django_catalogs
 import numpy as np
 import parallel_text
 import pytest
 import tensorflow as tf
+import tensorflow_text
 import translating
 import translation
 import word_pieces
 from translating import Translator
 from vocabulary import EOS_ID
 
+import keras_moe
 from keras_moe.models import TranslationModel
 
 
@@ -148,6 +152,35 @@ def test_the_signature_cuts_what_is_too_long(model, pieces):
     first, second, _ = answers["translations"].numpy()
     assert first == second
     assert answers["scores"][0] == answers["scores"][1] != answers["scores"][2]
+
+
+def test_the_c_api_translates(model, pieces, program, tmp_path):
+    translator = Translator(model, pieces, beam_width=2, max_length=8)
+    signatures = translator.signatures()
+    serve, _ = signatures["serving_default"]
+    path = keras_moe.export_saved_model(model, tmp_path, signatures=signatures)
+    operations = pathlib.Path(tensorflow_text.__file__).parent / "python" / "ops"
+    libraries = [
+        operations / f"_{name}.so" for name in ("normalize_ops", "sentencepiece_tokenizer")
+    ]
+    server = c_api.Server(program, path, libraries)
+    texts = ["Yes", "a much longer sentence than the others are", "", "漢Ж", "Add another"]
+    for batch in (1, 7, 64):
+        sentences = np.array([texts[i % 5].encode() for i in range(batch)], object)
+        answer = server.ask("serving_default", sentences=sentences)
+        expected = serve(tf.constant(sentences))
+        np.testing.assert_array_equal(answer["translations"], expected["translations"].numpy())
+        np.testing.assert_allclose(answer["scores"], expected["scores"], rtol=1e-5)
+    alone = answer  # of which the first is "Yes"
+    for hostile in (b"\xff\xfe \xc3\x28", b"x" * 2**20, b"\x00" * 1000):
+        both = server.ask("serving_default", sentences=np.array([hostile, b"Yes"], object))
+        assert both["translations"][1] == alone["translations"][0]
+        np.testing.assert_allclose(both["scores"][1], alone["scores"][0], rtol=1e-6)
+    code, _ = server.ask("serving_default", sentences=np.zeros([2], "int32"))
+    assert code == 3  # INVALID_ARGUMENT
+    code, _ = server.ask("serving_default", sentences=np.zeros([0], object))
+    assert code == 3  # No sentence has no longest one, to which the others would be padded.
+    assert server.close() == 0
 
 
 def test_attention_is_that_of_the_search(model, pieces):

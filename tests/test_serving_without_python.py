@@ -1,6 +1,5 @@
 """Exports answer through TensorFlow's C API and saved_model_cli, also after hostile requests."""
 
-import shutil
 import subprocess
 import sys
 
@@ -51,13 +50,6 @@ class Exported:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     return Exported(tmp_path_factory.mktemp("exported"))
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc, which compiles a program that uses TensorFlow's C API, is missing")
-    return c_api.compile_server(tmp_path_factory.mktemp("program") / "saved_model_server")
 
 
 @pytest.fixture
