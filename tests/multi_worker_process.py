@@ -99,6 +99,7 @@ def main(folder, other_folder=None):
     np.savez(own.with_suffix(".state.npz"), losses, *state(training.model))
     np.savez(own.with_suffix(".held.npz"), **held(training.model))
     np.savez(own.with_suffix(".noise.npz"), noise(strategy))
+    np.savez(own.with_suffix(".chief.npz"), chief)
     keras_moe.save_weights(training.model, folder / "model.weights.h5")
     kernel = training.model.get_layer("mixture").experts.kernels[0]
 

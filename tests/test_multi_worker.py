@@ -161,6 +161,11 @@ def test_noise_differs_from_worker_to_worker_and_repeats(workers):
     np.testing.assert_array_equal(drawn, noise(strategy(number)))
 
 
+def test_the_first_worker_alone_is_the_chief(workers):
+    chiefs = [bool(result["arr_0"]) for result in workers.results("chief")]
+    assert chiefs == [True] + [False] * (len(workers.processes) - 1)
+
+
 def test_the_weight_file_holds_all_experts(workers):
     training = Training(0)
     keras_moe.load_weights(training.model, workers.folder / "model.weights.h5")
