@@ -168,6 +168,8 @@ def _collectives_for_any_device():
 def make_topology(name):
     """The chips of a TPU, as "v5e:2x4" or "v4:2x2x2"; the two cores of a v4 work as one."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # It would ask the network who it is.
+    # A TPU belongs to one process. Here there is none, and another may compile, too, or have died.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jax.experimental import topologies
 
