@@ -66,7 +66,9 @@ class Translator:
 
         def serve(sentences):
             ids = with_end(self.pieces.tokenize(sentences)[:, : MAX_PIECES - 1])
-            translations, scores = self.translate(ids.to_tensor())
+            # Also of no sentence, since an LSTM has to make a step.
+            length = tf.maximum(ids.bounding_shape(axis=1, out_type=tf.int32), 1)
+            translations, scores = self.translate(ids.to_tensor(shape=tf.stack([-1, length])))
             return {"translations": translations, "scores": scores}
 
         return {"serving_default": (serve, [tf.TensorSpec([None], tf.string)])}
