@@ -15,7 +15,6 @@ import keras
 import tensorflow as tf
 
 from keras_moe.distribute import ExpertParallel
-from keras_moe.layers import SampledSoftmax
 from keras_moe.models import LanguageModel, footprint
 from keras_moe.models.presets import PRESETS, get_preset
 from keras_moe.optimizers import FactoredAdam
@@ -62,14 +61,6 @@ class Memory(NamedTuple):
     code: int | None = None
 
 
-class WholeSoftmax(SampledSoftmax):
-    """Trained on the whole vocabulary: XLA has no sampler of words."""
-
-    def sampled_loss(self, hidden, targets):
-        logits = keras.ops.matmul(hidden, self.kernel) + self.bias
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
-
-
 def make_model(step):
     """The compiled model of a preset, its experts divided among the replicas."""
     preset = get_preset(step.preset)
@@ -82,8 +73,8 @@ def make_model(step):
         lstm_units=preset.lstm_units,
         num_lstms=preset.num_lstms,
         dropout=preset.dropout,
+        num_sampled=None,  # XLA has no sampler of words.
     )
-    model.softmax = WholeSoftmax(step.vocabulary_size)
     model.build((step.num_sentences, step.num_words))
     model.compile(ExpertParallel(OPTIMIZERS[step.optimizer]()), jit_compile=False)
     model.optimizer.build(model.trainable_variables)

@@ -25,7 +25,6 @@ from experiment import SideBySide, evaluate, heading, read_words, train
 
 import keras_moe
 from keras_moe import losses
-from keras_moe.models import LanguageModel
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -108,16 +107,7 @@ def make_model(vocabulary_size, w_importance, w_load, name, args):
         seed=args.seed,
         name=name,
     )
-    model = LanguageModel(
-        vocabulary_size,
-        args.width,
-        middle,
-        dropout=args.dropout,
-        num_sampled=args.num_sampled,
-        seed=args.seed,
-    )
-    model.build((None, None))
-    return model
+    return experiment.make_model(vocabulary_size, middle, args)
 
 
 def noisy_balance(models, sentences, args):

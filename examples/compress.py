@@ -35,10 +35,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def parse_arguments(arguments=None):
     """Reads the command line."""
     options = (
-        ("num-experts", 64, "experts of the mixture"),
-        ("hidden-units", 128, "hidden units of an expert"),
-        ("k", 4, "experts per word"),
-        ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
+        *experiment.MIXTURE_OPTIONS,
         ("min-share", 0.8, "part of the even share of words that an expert must have to stay"),
         ("export", ROOT / "saved_models" / "compressed", "folder for the exports"),
     )
@@ -50,15 +47,7 @@ def main(args):
     words, lookup = read_words(args)
     heading("Training")
     keras.utils.set_random_seed(args.seed)
-    mixture = keras_moe.SparseMoE(
-        args.num_experts,
-        args.hidden_units,
-        args.k,
-        importance_loss_weight=args.balance_loss_weight,
-        load_loss_weight=args.balance_loss_weight,
-        seed=args.seed,
-        name="mixture",
-    )
+    mixture = experiment.make_mixture(args)
     sizes = (len(lookup.get_vocabulary()), args.width)
     model = LanguageModel(*sizes, mixture, dropout=args.dropout, num_sampled=args.num_sampled)
     train(SideBySide({"mixture": model}), words, args)

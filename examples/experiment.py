@@ -12,8 +12,9 @@ import text
 import vocabulary
 from state_of_the_union import StateOfTheUnion
 
+from keras_moe import SparseMoE
 from keras_moe.callbacks import Throughput
-from keras_moe.models import Perplexity, footprint
+from keras_moe.models import LanguageModel, Perplexity, footprint
 from keras_moe.optimizers import FactoredAdam, WarmupInverseSqrt
 
 # What every script has, with the defaults of the demo.
@@ -30,6 +31,13 @@ _COMMON = (
     ("num-sampled", 512, "words that the training's softmax draws per batch"),
     ("evaluations", 6, "evaluations on the validation text"),
     ("seed", 0, "seed of the weights, the noise and the batches"),
+)
+# What those of one mixture have in common beside that.
+MIXTURE_OPTIONS = (
+    ("num-experts", 64, "experts of the mixture"),
+    ("hidden-units", 128, "hidden units of an expert"),
+    ("k", 4, "experts per word"),
+    ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
 )
 _CHOICES = {"optimizer": ("adam", "factored_adam"), "schedule": ("cosine", "inverse_sqrt")}
 
@@ -112,6 +120,39 @@ def read_words(args):
         print(f"{part:>10}: {sentences.nrows():9,} sentences, {len(ids):11,} words,", end=" ")
         print(f"{unknown:.1%} unknown")
     return words, lookup
+
+
+def make_mixture(args, **options):
+    """Returns the mixture that `MIXTURE_OPTIONS` describe.
+
+    Args:
+        args: What `parse_arguments` returns.
+        **options: More keyword arguments of `SparseMoE`.
+    """
+    return SparseMoE(
+        args.num_experts,
+        args.hidden_units,
+        args.k,
+        importance_loss_weight=args.balance_loss_weight,
+        load_loss_weight=args.balance_loss_weight,
+        seed=args.seed,
+        name="mixture",
+        **options,
+    )
+
+
+def make_model(vocabulary_size, middle, args):
+    """Returns a built `LanguageModel` around a layer, such as what `make_mixture` returns."""
+    model = LanguageModel(
+        vocabulary_size,
+        args.width,
+        middle,
+        dropout=args.dropout,
+        num_sampled=args.num_sampled,
+        seed=args.seed,
+    )
+    model.build((None, None))
+    return model
 
 
 class SideBySide(keras.Model):

@@ -41,11 +41,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 def parse_arguments(arguments=None):
     """Reads the command line."""
     options = (
-        ("preset", "", f"of {', '.join(PRESETS)}; without one, the mixture and its twin"),
-        ("num-experts", 64, "experts of the mixture, without a preset"),
-        ("hidden-units", 128, "hidden units of its experts"),
-        ("k", 4, "its experts per word"),
-        ("balance-loss-weight", 0.01, "weight of its importance loss and of its load loss"),
+        ("preset", "", f"of {', '.join(PRESETS)}; without one, a mixture and its dense twin"),
+        *experiment.MIXTURE_OPTIONS,
         ("temperature", 0.7, "of the sentences that the model writes: low ones are likely"),
         ("output", ROOT / "results" / "language_model", "folder for the pictures"),
         ("export", ROOT / "saved_models" / "language_model", "folder for the exports"),
@@ -120,15 +117,7 @@ def make_pair(vocabulary_size, args):
     # its two matrices [width, num_experts] cost what num_experts hidden units do.
     wide = args.k * args.hidden_units + args.num_experts
     middles = {
-        "mixture": keras_moe.SparseMoE(
-            args.num_experts,
-            args.hidden_units,
-            args.k,
-            importance_loss_weight=args.balance_loss_weight,
-            load_loss_weight=args.balance_loss_weight,
-            seed=args.seed,
-            name="mixture",
-        ),
+        "mixture": experiment.make_mixture(args),
         "dense": keras.Sequential(
             [
                 keras.Input((None, args.width)),

@@ -19,10 +19,9 @@ import keras
 import tensorflow as tf
 from experiment import heading, read_words
 
-import keras_moe
 from keras_moe.callbacks import Throughput
 from keras_moe.distribute import ExpertParallel
-from keras_moe.models import LanguageModel, footprint
+from keras_moe.models import footprint
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -31,10 +30,7 @@ def parse_arguments(arguments=None):
     """Reads the command line."""
     options = (
         ("devices", 1, "GPUs, or without one logical CPUs, to train on"),
-        ("num-experts", 64, "experts on all devices together"),
-        ("hidden-units", 128, "hidden units of an expert"),
-        ("k", 4, "experts per word"),
-        ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
+        *experiment.MIXTURE_OPTIONS,
         ("capacity-factor", 0.0, "bounds the words of an expert in training; 0 drops none"),
         ("output", ROOT / "results" / "multi_gpu", "folder for the model"),
     )
@@ -72,26 +68,10 @@ def main(args):
     heading(f"Training on {args.devices} devices, {args.num_experts // args.devices} experts each")
     keras.utils.set_random_seed(args.seed)
     with strategy.scope():
-        mixture = keras_moe.SparseMoE(
-            args.num_experts,
-            args.hidden_units,
-            args.k,
-            importance_loss_weight=args.balance_loss_weight,
-            load_loss_weight=args.balance_loss_weight,
-            capacity_factor=args.capacity_factor or None,
-            expert_parallel=True,
-            seed=args.seed,
-            name="mixture",
+        mixture = experiment.make_mixture(
+            args, capacity_factor=args.capacity_factor or None, expert_parallel=True
         )
-        model = LanguageModel(
-            len(lookup.get_vocabulary()),
-            args.width,
-            mixture,
-            dropout=args.dropout,
-            num_sampled=args.num_sampled,
-            seed=args.seed,
-        )
-        model.build((None, None))
+        model = experiment.make_model(len(lookup.get_vocabulary()), mixture, args)
         model.compile(ExpertParallel(experiment.make_optimizer(args, steps)))
     throughput = Throughput(
         footprint(model).ops_per_timestep,

@@ -10,7 +10,8 @@ On machines host-a and host-b, with the index 0 on the first and 1 on the second
 
 Each process is a worker, and each of its GPUs, or its CPU, a replica. Of a batch every replica
 takes the same number of sentences. It has a copy of the whole model but the experts: of these it
-holds its part alone, and computes them for the words of all replicas (section 3.1 of the paper).
+holds its part alone, and computes them for the words of all replicas (section 3.1 of the paper). So
+`--num-experts` has to be a multiple of the number of replicas.
 
 Every --save-every steps the workers save a checkpoint together. When one of them dies, the others
 end with an error. The same command again goes on from the last checkpoint, also with another number
@@ -33,9 +34,7 @@ import numpy as np
 import tensorflow as tf
 from experiment import heading, read_words
 
-import keras_moe
 from keras_moe.distribute import ExpertParallel, is_chief
-from keras_moe.models import LanguageModel
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -44,10 +43,7 @@ def parse_arguments(arguments=None):
     """Reads the command line."""
     options = (
         ("workers", 0, "processes to start on this machine; 0 to be the one that TF_CONFIG says"),
-        ("num-experts", 64, "experts of the mixture, a multiple of the number of replicas"),
-        ("hidden-units", 128, "hidden units of an expert"),
-        ("k", 4, "experts per word"),
-        ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
+        *experiment.MIXTURE_OPTIONS,
         ("steps", 0, "steps to end after; 0 for all of the epochs"),
         ("show-every", 20, "steps between two lines of output"),
         ("save-every", 100, "steps between two checkpoints"),
@@ -119,25 +115,8 @@ def train(strategy, args):
     heading(f"Training on {num_replicas} replicas")
     keras.utils.set_random_seed(args.seed)  # Of the experts, too, each worker makes its own.
     with strategy.scope():
-        mixture = keras_moe.SparseMoE(
-            args.num_experts,
-            args.hidden_units,
-            args.k,
-            importance_loss_weight=args.balance_loss_weight,
-            load_loss_weight=args.balance_loss_weight,
-            expert_parallel=True,
-            seed=args.seed,
-            name="mixture",
-        )
-        model = LanguageModel(
-            len(lookup.get_vocabulary()),
-            args.width,
-            mixture,
-            dropout=args.dropout,
-            num_sampled=args.num_sampled,
-            seed=args.seed,
-        )
-        model.build((None, None))
+        mixture = experiment.make_mixture(args, expert_parallel=True)
+        model = experiment.make_model(len(lookup.get_vocabulary()), mixture, args)
         optimizer = ExpertParallel(experiment.make_optimizer(args, len(batches)))
         optimizer.build(model.trainable_variables)
 

@@ -40,7 +40,7 @@ class LanguageModel(WordModel):
             D units without projection.
         num_lstms: Number of LSTMs.
         dropout: Part of every layer's output to drop in training.
-        num_sampled: Words to draw for the softmax in training.
+        num_sampled: Words to draw for the softmax in training; `None` for the whole softmax.
         seed: Integer, seed of the dropout and of the words drawn, so that several models can have
             the same. The middle has its own.
         **kwargs: Keyword arguments of `keras.Model`, as `name` and `dtype`.
