@@ -1,11 +1,12 @@
 """A single example outside training goes to its experts without being sorted."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import EVERY_LAYER, WIDTH, assert_agrees, examples, with_random_weights
 
-from keras_moe import SparseMoE, dispatch
+from keras_moe import Routing, SparseMoE, dispatch
 
 WAYS = ["eager", "graph", "graph, any batch"]
 
@@ -62,6 +63,23 @@ def test_other_experts_weights_are_left_alone(num_experts):
         poisoned[chosen] = kernel.numpy()[chosen]
         kernel.assign(poisoned)
     np.testing.assert_array_equal(answer(x), sound)
+
+
+@pytest.mark.parametrize("nobody", [-1, 5])
+def test_a_choice_with_gate_0_may_name_no_expert(nobody):
+    class OneChoice(keras.layers.Layer):
+        """Says that the second of two choices is none, by an index without an expert."""
+
+        def call(self, x, training=None, mask=None):
+            index = tf.stack([2 * tf.ones_like(x[:, 0]), nobody * tf.ones_like(x[:, 0])], axis=1)
+            gates = tf.stack([tf.ones_like(x[:, 0]), tf.zeros_like(x[:, 0])], axis=1)
+            even = tf.ones([5])
+            return Routing(tf.cast(index, tf.int32), gates, even, even)
+
+    layer = with_random_weights(SparseMoE(5, 4, gating=OneChoice()))
+    x = examples(1)
+    first, second = (kernel[2] for kernel in layer.experts.kernels)  # y is that of expert 2.
+    np.testing.assert_allclose(layer(x), tf.nn.relu(x @ first) @ second, rtol=1e-5, atol=1e-6)
 
 
 def test_an_example_of_nan_gives_nan_whatever_the_way():
