@@ -6,9 +6,8 @@ import keras
 import numpy as np
 import pytest
 from replicas import assert_equal_training, fit, flat, hierarchical, make_model, state
-from tensorflow.python.ops import control_flow_util_v2
+from scaling import static_shapes
 
-from keras_moe.distribute import internals
 from keras_moe.optimizers import FactoredAdam
 
 OPTIMIZERS = {
@@ -39,16 +38,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def static_shapes(monkeypatch):
-    """Shapes as where XLA compiles, which for CPUs has no all-to-all; back by `undo()`."""
-    monkeypatch.setattr(internals, "compiling", lambda: True)
-    # Nor has XLA frames, by which TensorFlow tells collectives of several loops in a graph apart:
-    # those of two replicas would never meet.
-    monkeypatch.setattr(control_flow_util_v2, "_DISABLE_LOWER_USING_SWITCH_MERGE", True)
-    return monkeypatch
-
-
 @functools.cache
 def trained(num_replicas, layers, optimizer):
     options = {"kernel_regularizer": "l2"}
@@ -71,19 +60,19 @@ def test_training(num_replicas, layers, optimizer):
 
 
 @pytest.mark.parametrize("layers", ["flat_capacity", "hierarchical_capacity"])
-def test_training_in_shapes_that_do_not_depend_on_the_data(layers, static_shapes):
+def test_training_in_shapes_that_do_not_depend_on_the_data(layers):
     def train(num_replicas):
         model = make_model(
             num_replicas, lambda: [LAYERS[layers](name="first", kernel_regularizer="l2")]
         )
         return fit(model, epochs=2), state(model)
 
-    got = train(2)
-    static_shapes.undo()
+    with static_shapes():
+        got = train(2)
     assert_equal_training(got, train(0))
 
 
-def test_all_rows_for_one_replica_in_shapes_that_do_not_depend_on_the_data(static_shapes):
+def test_all_rows_for_one_replica_in_shapes_that_do_not_depend_on_the_data():
     def train(num_replicas):
         model = make_model(num_replicas, lambda: [flat(name="first", capacity_factor=8 / 2)])
         # All logits are equal: experts 0 and 1, those of the first replica, have all the rows.
@@ -91,8 +80,8 @@ def test_all_rows_for_one_replica_in_shapes_that_do_not_depend_on_the_data(stati
         kernel.assign(np.zeros(kernel.shape))
         return fit(model, epochs=1), state(model)
 
-    got = train(4)
-    static_shapes.undo()
+    with static_shapes():
+        got = train(4)
     assert got[0]["first/fraction_dropped"] == [0.0]
     assert got[0]["first/max_over_mean_load"] == [4.0]
     assert_equal_training(got, train(0))
