@@ -137,8 +137,8 @@ def static_shapes():
     """Inside, steps are traced as where XLA compiles, which for CPUs has no all-to-all."""
     with (
         mock.patch.object(internals, "compiling", lambda: True),
-        # Nor has XLA frames, by which TensorFlow tells collectives of several loops in a graph apart:
-        # those of two replicas would never meet.
+        # Nor has XLA frames, by which TensorFlow tells collectives of several loops in a graph
+        # apart: those of two replicas would never meet.
         mock.patch.object(control_flow_util_v2, "_DISABLE_LOWER_USING_SWITCH_MERGE", True),
     ):
         yield
