@@ -9,6 +9,7 @@ import tensorflow as tf
 from replicas import assert_equal_training, data, fit, flat, hierarchical, make_model, state
 
 import keras_moe
+from keras_moe.distribute.sharded_variable import ShardedVariable
 
 ADAM = functools.partial(keras.optimizers.Adam, 0.01)
 
@@ -100,14 +101,27 @@ def test_a_file_holds_all_experts_once(tmp_path):
     assert sum(len(shape) == 3 for _, shape in tf.train.list_variables(path)) == 6
 
 
-def test_export(tmp_path):
-    model = make(4)
+def export_from_keras(model, path):
+    model.export(path, verbose=False)
+    return path
+
+
+@pytest.mark.parametrize("layer", [flat, hierarchical])
+@pytest.mark.parametrize("export", [keras_moe.export_saved_model, export_from_keras])
+def test_export(export, layer, tmp_path):
+    model = make(4, layer)
     x, _ = data()
+    expected = model.predict(x, verbose=0)
     with model.distribute_strategy.scope():
-        path = keras_moe.export_saved_model(model, tmp_path / "served")
-        with pytest.raises(NotImplementedError, match="keras_moe.export_saved_model"):
-            model.export(tmp_path / "exported", verbose=False)
+        path = export(model, tmp_path / "served")
+    fit(model, epochs=1)  # The export has left the model able to train, and has values of its own.
     served = tf.saved_model.load(str(path))
     (y,) = served.signatures["serving_default"](tf.constant(x)).values()
-    np.testing.assert_allclose(y, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
-    assert sum(tuple(v.shape)[:1] == (8,) for v in served.stored) == 4  # kernels and biases
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+    # All rows of a bank are there once, and no shard.
+    stored = [tuple(s) for _, s in tf.train.list_variables(str(path / "variables" / "variables"))]
+    banks = [v.value for v in model.variables if isinstance(v.value, ShardedVariable)]
+    assert len(banks) == {flat: 4, hierarchical: 3}[layer]  # kernels and biases; gating and kernels
+    for bank in banks:
+        assert stored.count(tuple(bank.shape)) == 1
+        assert tuple(bank.shards[0].shape) not in stored

@@ -18,6 +18,7 @@ the replicas. So `ExpertParallel` does by itself what Keras does before and afte
 needs the slots for it.
 """
 
+import functools
 import weakref
 
 import keras
@@ -28,7 +29,13 @@ from tensorflow.python.distribute.values import DistributedVariable
 from tensorflow.python.distribute.values_util import get_current_replica_id_as_int
 from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
-from tensorflow.python.ops.resource_variable_ops import BaseResourceVariable, ResourceVariable
+from tensorflow.python.ops.resource_variable_ops import (
+    BaseResourceVariable,
+    ResourceVariable,
+    UninitializedVariable,
+    copy_to_graph_uninitialized,
+)
+from tensorflow.python.saved_model import save_context
 
 
 class VariableOfShards(DistributedVariable):
@@ -61,9 +68,14 @@ class VariableOfShards(DistributedVariable):
         """What is read here: inside a replica its variable, elsewhere a tensor of all."""
         raise NotImplementedError
 
-    def refuse_export(self):
-        """Raises that a SavedModel can't hold the variable."""
-        raise NotImplementedError
+    @functools.cached_property
+    def in_saved_model(self):
+        """The one variable, of all rows, that a SavedModel has in the place of this one.
+
+        It takes no memory: the values go from the shards into the files.
+        """
+        with tf.init_scope(), tf.device("CPU:0"):
+            return UninitializedVariable(shape=self.shape, dtype=self.dtype, name=self.name)
 
     def _get(self):
         return self.current()
@@ -80,8 +92,11 @@ class VariableOfShards(DistributedVariable):
     def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
         return tf.convert_to_tensor(self.current(), dtype=dtype, name=name)
 
-    def _export_to_saved_model_graph(self, *args, **kwargs):
-        self.refuse_export()
+    def _export_to_saved_model_graph(self, object_map, tensor_map, options=None, **kwargs):
+        handle = self.in_saved_model.handle
+        object_map[self] = variable = copy_to_graph_uninitialized(self.in_saved_model)
+        tensor_map[handle] = variable.handle
+        return [handle]
 
 
 def local_replica():
@@ -128,6 +143,11 @@ def compiling():
     """Whether XLA is going to compile what is being traced."""
     graph = tf.compat.v1.get_default_graph()
     return not tf.executing_eagerly() and GraphOrParentsInXlaContext(graph)
+
+
+def tracing_saved_model():
+    """Whether what is traced goes into a SavedModel, for which functions are traced anew."""
+    return save_context.in_save_context() and not tf.executing_eagerly()
 
 
 def has_collectives(strategy):

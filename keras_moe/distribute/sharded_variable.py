@@ -54,10 +54,12 @@ class ShardedVariable(internals.VariableOfShards):
     def current(self):
         if self.shard is not None:
             return self.shard
+        if internals.tracing_saved_model():
+            return self.in_saved_model.read_value()
         if not self._is_elsewhere:
-            return tf.concat([shard.read_value() for shard in self.shards], axis=0)
+            return self._rows_of_worker()
         with tf.device("CPU:0"):  # Where there is more room than on one replica's device.
-            rows = tf.concat([shard.read_value() for shard in self.shards], axis=0)
+            rows = self._rows_of_worker()
         try:
             return internals.gather_from_workers(self.distribute_strategy, rows)
         except (tf.errors.DeadlineExceededError, tf.errors.InternalError) as error:
@@ -67,6 +69,11 @@ class ShardedVariable(internals.VariableOfShards):
                 "alone may go on with the result. Another worker has done something else, or has "
                 f"not come in time. Received: a read of {self.name!r} of shape {tuple(self.shape)}"
             ) from error
+
+    def _rows_of_worker(self):
+        # By the operation, since Keras' export stores all that a function has read by the method.
+        read = tf.raw_ops.ReadVariableOp
+        return tf.concat([read(resource=s.handle, dtype=s.dtype) for s in self.shards], axis=0)
 
     def value(self):
         return tf.identity(self.current())
@@ -100,14 +107,6 @@ class ShardedVariable(internals.VariableOfShards):
         """A variable of TensorFlow with all rows, on the host."""
         with tf.device("CPU:0"):
             return internals.make_component(initial_value=self.numpy(), name=name)
-
-    def refuse_export(self):
-        raise NotImplementedError(
-            "A SavedModel has to hold all experts in one variable, but this model's are held in "
-            "shards. Export it by `keras_moe.export_saved_model(model, path)`, or save it and load "
-            "it without a strategy first. Received: a SavedModel of a model with "
-            f"{self.name!r} of shape {tuple(self.shape)}"
-        )
 
     def assign(self, value, use_locking=None, name=None, read_value=True):
         return self._update_shards("assign", value)
