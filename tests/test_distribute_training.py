@@ -1,6 +1,7 @@
 """R replicas, each with a part of the experts, train as one device does."""
 
 import functools
+import itertools
 
 import keras
 import numpy as np
@@ -22,9 +23,10 @@ LAYERS = {
     "hierarchical_capacity": functools.partial(hierarchical, capacity_factor=0.6),
 }
 
-
-# Each number of replicas, each layer and each optimizer, but not all with all.
-CASES = [
+REPLICAS = (1, 2, 4, 8)
+# Each number of replicas, each layer and each optimizer, but not all with all. All with all, 10
+# minutes: `pytest -m "exhaustive or not exhaustive" tests/test_distribute_training.py`.
+USUAL = {
     (1, "flat", "adam"),
     (2, "flat", "adam"),
     (2, "flat", "momentum"),
@@ -35,6 +37,10 @@ CASES = [
     (4, "hierarchical", "factored"),
     (8, "flat", "factored"),
     (8, "hierarchical_capacity", "momentum"),
+}
+CASES = [
+    pytest.param(*case, marks=() if case in USUAL else pytest.mark.exhaustive)
+    for case in itertools.product(REPLICAS, LAYERS, OPTIMIZERS)
 ]
 
 
