@@ -6,6 +6,7 @@ import shutil
 import c_api
 import pytest
 import tensorflow as tf
+from exports import train
 
 # For strategies with several replicas. There is no way to have more once TensorFlow has started.
 tf.config.set_logical_device_configuration(
@@ -30,3 +31,9 @@ def program(tmp_path_factory):
     if shutil.which("gcc") is None:
         pytest.skip("gcc, which compiles a program that uses TensorFlow's C API, is missing")
     return c_api.compile_server(tmp_path_factory.mktemp("program") / "saved_model_server")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A trained language model and inputs for it, for tests that change neither."""
+    return train()

@@ -1,14 +1,13 @@
-"""`export_saved_model`: what is in an export, and what it refuses."""
+"""`export_saved_model`: what is in an export."""
 
 import os
-import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from exports import TOKENS, export, train
 from helpers import (
-    CROSS_ENTROPY,
     EVERY_LAYER,
     WIDTH,
     assert_keeps_no_state,
@@ -20,33 +19,10 @@ from helpers import (
     with_random_weights,
 )
 from keras.ops import convert_to_numpy as numpy
-from tensorflow_serving.apis import prediction_log_pb2
 
 import keras_moe
 from keras_moe.serving.signatures import trace
 from keras_moe.serving.weights import StoredWeights
-
-TOKENS = tf.TensorSpec([None, None], "int32", "tokens")
-
-
-def export(model, path, name="tokens", **kwargs):
-    """Exports a model of one input, and loads its `serving_default`."""
-    served = tf.saved_model.load(keras_moe.export_saved_model(model, path, **kwargs))
-    return lambda x: served.signatures["serving_default"](**{name: x})["outputs"], served
-
-
-def train(**options):
-    """A language model that was trained, so that it has metrics, seeds and an optimizer."""
-    model, (x, y) = language_model(**options), next_words()
-    model.compile("adam", CROSS_ENTROPY, metrics=["accuracy"])
-    model.fit(x, y, verbose=0)
-    assign_random_weights(model, np.random.default_rng(0), scale=0.5)
-    return model, tf.constant(x, "int32")
-
-
-@pytest.fixture(scope="module")
-def trained():
-    return train()
 
 
 @pytest.mark.parametrize("given", [{}, {"training": False}], ids=["bare", "training=False"])
@@ -274,119 +250,3 @@ def test_a_model_inside_a_strategy_is_exported_for_one_device(tmp_path):
         answer = served.signatures["serving_default"](tokens=x)["outputs"]
         np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=tolerance)
         assert_keeps_no_state(served)
-
-
-def mean_loss(model):
-    return lambda tokens: {"y": model(tokens), "mean": tf.reduce_mean(model(tokens))}
-
-
-def counting(model):
-    counter = tf.Variable(0.0)
-    return lambda tokens: model(tokens) + counter.assign_add(1.0)
-
-
-def in_python(model):
-    return lambda tokens: tf.numpy_function(lambda y: y, [model(tokens)], tf.float32)
-
-
-def compiled(model):
-    one_hot = tf.function(lambda tokens: tf.one_hot(tokens, 3), jit_compile=True)
-    return lambda tokens: one_hot(tokens)
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda model: lambda tokens: model(tokens, training=True), "draws random numbers: call"),
-        (mean_loss, "signature 'serving_default' with the scalar 'mean'"),
-        (counting, "writes a variable.*Assign"),
-        (in_python, "calls Python.*PyFunc"),
-        (compiled, "asks for XLA"),
-    ],
-)
-def test_what_no_server_should_run_is_refused(function, message, trained, tmp_path):
-    model, _ = trained
-    with pytest.raises(ValueError, match=message):
-        keras_moe.export_saved_model(
-            model, tmp_path, signatures={"serving_default": (function(model), [TOKENS])}
-        )
-    assert os.listdir(tmp_path) == []
-
-
-class Subclassed(keras.Model):
-    def call(self, x):
-        return x
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"signatures": {"top": lambda tokens: tokens}}, "pair of a function and its input sig"),
-        ({"signatures": {"top": (TOKENS, len)}}, "pair of a function and its input signature"),
-        ({"signatures": {"top": (lambda a, b: a, [TOKENS, TOKENS])}}, "a name of its own"),
-        ({"signatures": {"top": (lambda a: a, [[tf.TensorSpec([None])]])}}, "a name of its own"),
-        ({"dtype": "float16"}, "`dtype` must be \"bfloat16\" or `None`. Received: 'float16'"),
-        ({"model": Subclassed()}, "Call or build 'subclassed.*' first"),
-        ({"warm_up": {"bottom": {}}}, "signatures of the export: serving_default.*'bottom'"),
-        ({"warm_up": {"serving_default": {"x": [[1.0]]}}}, "inputs: x float32 .None, 6.. Receiv"),
-        ({"warm_up": {"serving_default": {"y": 1}}}, "must have these inputs: x float32"),
-        ({"warm_up": {"serving_default": {"x": "a"}}}, "must have these inputs: x float32"),
-        ({"warm_up": {"serving_default": [{"x": [[0.0] * 6]}] * 1001}}, "at most 1000.*1001"),
-    ],
-)
-def test_wrong_arguments_are_explained(arguments, message, tmp_path):
-    model = keras.Sequential([keras.Input((WIDTH,), name="x"), keras.layers.Dense(1)])
-    with pytest.raises(ValueError, match=message):
-        keras_moe.export_saved_model(**{"model": model, "path": tmp_path, **arguments})
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_model_may_hold_layers_that_it_does_not_call(tmp_path):
-    class Spare(Subclassed):
-        def build(self, shape):
-            self.spare = [keras.layers.Embedding(3, 2), keras_moe.SparseMoE(3, 2, k=1)]
-
-    model = Spare()
-    model(examples(2))
-    signatures = {"serving_default": (model, [tf.TensorSpec([None, WIDTH])])}
-    answer, _ = export(model, tmp_path, name="x", signatures=signatures)
-    np.testing.assert_array_equal(answer(examples(3)), examples(3))
-
-
-def test_a_subclassed_model_has_to_name_its_inputs(tmp_path):
-    model = Subclassed()
-    model(examples(2))
-    with pytest.raises(ValueError, match="doesn't tell its inputs.*tf.TensorSpec"):
-        keras_moe.export_saved_model(model, tmp_path)
-
-
-def test_warm_up_requests_are_answered_and_stored(trained, tmp_path):
-    model, _ = trained
-    signatures = {"serving_default": (model, [TOKENS]), "same": (model, [TOKENS])}
-    requests = {"serving_default": {"tokens": [[1, 2]]}, "same": [{"tokens": [[3]]}] * 2}
-    path = keras_moe.export_saved_model(model, tmp_path, signatures=signatures, warm_up=requests)
-    served = tf.saved_model.load(path)
-    file = path / "assets.extra" / "tf_serving_warmup_requests"
-    records = [*tf.data.TFRecordDataset(str(file)).as_numpy_iterator()]
-    names = []
-    for record in records:
-        request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
-        names.append(request.model_spec.signature_name)
-        inputs = {key: tf.make_ndarray(value) for key, value in request.inputs.items()}
-        assert inputs["tokens"].dtype == "int32"
-        served.signatures[names[-1]](**{k: tf.constant(v) for k, v in inputs.items()})
-    assert names == ["serving_default", "same", "same"]
-
-
-def test_warm_up_without_its_package_says_what_to_install(trained, tmp_path, monkeypatch):
-    model, _ = trained
-    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
-    signatures = {"serving_default": (model, [TOKENS])}
-    with pytest.raises(ImportError, match=r"pip install keras_moe\[serving\]"):
-        keras_moe.export_saved_model(
-            model,
-            tmp_path,
-            signatures=signatures,
-            warm_up={"serving_default": {"tokens": [[1]]}},
-        )
-    keras_moe.export_saved_model(model, tmp_path, signatures=signatures)
