@@ -5,9 +5,9 @@ How many rows each expert has depends on the data, and there are four ways to li
 * Piece by piece: every expert has a product of its own, with just its rows.
 * Batched: each expert has C places, and one batched product computes all of them.
 * Alone: a loop goes from expert to expert, and each computes just its own rows.
-* Block by block: the rows are cut into blocks of equal size, each of one expert, and all blocks
-  are computed at once. Only here the shapes don't depend on the data, as XLA and TPUs need it, at
-  up to twice the operations.
+* Block by block (`blocks.py`): the rows are cut into blocks of equal size, each of one expert, and
+  all blocks are computed at once. Only here the shapes don't depend on the data, as XLA and TPUs
+  need it, at up to twice the operations.
 
 Up to 64 experts are computed piece by piece. With more, the graph is not to grow, and the second
 and the third way go together: what finds no place in the batch is computed alone. `even_capacity`
@@ -19,7 +19,7 @@ One example alone needs none of that: `one_example` calls the functions of its K
 
 import tensorflow as tf
 
-from keras_moe.dispatch import rearrange, take
+from keras_moe.blocks import block_by_block
 
 MOST_PIECES = 64  # the most experts to be computed piece by piece, each by operations of its own
 
@@ -80,7 +80,7 @@ def apply(function, rows, rows_per_expert, banks, capacity=0, static_shapes=Fals
     """
     banks = [tf.convert_to_tensor(bank) for bank in banks]
     if static_shapes:
-        return _block_by_block(function, rows, rows_per_expert, banks)
+        return block_by_block(function, rows, rows_per_expert, banks)
     if isinstance(capacity, int) and capacity == 0 and rows_per_expert.shape[0] <= MOST_PIECES:
         return _piece_by_piece(function, rows, rows_per_expert, banks)
     return _batched_and_alone(function, rows, rows_per_expert, banks, capacity)
@@ -302,49 +302,6 @@ def _alone(function, rows, rows_per_expert, banks, width):
         return joined(of_rows, rows.shape[-1]), experts, [bank.stack() for bank in of_banks]
 
     return joined(y, width), gradient
-
-
-def _block_by_block(function, rows, rows_per_expert, banks):
-    num_rows, num_experts = tf.shape(rows)[0], rows_per_expert.shape[0]
-    # Blocks as large as the even share: at most N of them are not full, which doubles the rows.
-    size = tf.maximum((num_rows + num_experts - 1) // num_experts, 1)
-    # Each expert that has rows leaves at most size - 1 places empty.
-    num_blocks = (num_rows + tf.minimum(num_experts, num_rows) * (size - 1)) // size
-
-    last_row, last_block = (
-        tf.cumsum(count) for count in (rows_per_expert, (rows_per_expert + size - 1) // size)
-    )
-    first_row, first_block = (tf.concat([[0], last], axis=0) for last in (last_row, last_block))
-
-    expert = tf.searchsorted(last_block, tf.range(num_blocks), side="right")
-    expert = tf.minimum(expert, num_experts - 1)  # Blocks that nobody needs.
-    rank = (tf.range(num_blocks) - tf.gather(first_block, expert))[:, None] * size + tf.range(size)
-    filled = tf.reshape(rank < tf.gather(rows_per_expert, expert)[:, None], [-1])
-    source = tf.reshape(rank + tf.gather(first_row, expert)[:, None], [-1])
-
-    expert_of_row = tf.searchsorted(last_row, tf.range(num_rows), side="right")
-    place = tf.range(num_rows) - tf.gather(first_row, expert_of_row)
-    place += tf.gather(first_block, expert_of_row) * size
-    kept = expert_of_row < num_experts
-
-    source, place = tf.where(filled, source, 0), tf.where(kept, place, 0)
-    blocks = rearrange(rows, source, place, filled, kept)
-    blocks = tf.reshape(blocks, [num_blocks, size, rows.shape[-1]])
-    y = function(blocks, *[_parameters_of_blocks(bank, expert) for bank in banks])
-    return rearrange(tf.reshape(y, [-1, y.shape[-1]]), place, source, kept, filled)
-
-
-def _parameters_of_blocks(bank, expert):
-    """bank[expert], whose gradient is a dense sum over each expert's blocks."""
-
-    @tf.custom_gradient
-    def gather(bank):
-        def gradient(upstream):
-            return tf.math.unsorted_segment_sum(upstream, expert, bank.shape[0])
-
-        return take(bank, expert), gradient
-
-    return gather(bank)
 
 
 def _after(upstream, x):
