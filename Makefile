@@ -30,7 +30,7 @@ demo: $(STAMP)  ## train a mixture-of-experts language model, export it, query i
 	@TF_CPP_MIN_LOG_LEVEL=3 $(VENV_PYTHON) examples/language_model.py
 
 test: $(STAMP)  ## run the tests
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)  ## check style and format
 	$(VENV_PYTHON) -m ruff check
