@@ -73,7 +73,7 @@ def plot_perplexity(history, results, path):
         label = f"{name}, {row['parameters'] / 1e6:.2f}M parameters"
         axes.plot(history.steps, history.history[f"val_{name}/perplexity"], "o-", label=label)
     axes.set(xlabel="training step", ylabel="validation perplexity")
-    axes.set_title("Equal operations per word, equal batches")
+    axes.set_title("Trained on the same batches")
     axes.legend()
     return _save(figure, path)
 
