@@ -1,5 +1,8 @@
 """What several test files share: weights, comparison with the oracle, a small model, its data."""
 
+import contextlib
+import socket
+
 import keras
 import numpy as np
 import pytest
@@ -33,6 +36,19 @@ IDLE_AT_INFERENCE = {
     "primary_thresholds",
     "secondary_thresholds",
 }
+
+
+@contextlib.contextmanager
+def network_cut():
+    """Inside, whatever turns to the network fails."""
+
+    def cut(*args, **kwargs):
+        raise AssertionError(f"the network was used: {args}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", cut)
+        patch.setattr(socket, "getaddrinfo", cut)
+        yield
 
 
 def examples(number=EXAMPLES, seed=0):

@@ -3,7 +3,6 @@
 import gettext
 import lzma
 import pathlib
-import socket
 
 import django
 import django_catalogs
@@ -11,6 +10,7 @@ import parallel_text
 import pytest
 import requests
 import tensorflow_datasets as tfds
+from helpers import network_cut
 
 
 def strings(dataset):
@@ -28,14 +28,8 @@ def write_lines(path, lines):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """English and French, prepared with the network cut."""
-
-    def cut(*args, **kwargs):
-        raise AssertionError(f"the network was used: {args}")
-
     directory = tmp_path_factory.mktemp("tensorflow_datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", cut)
-        patch.setattr(socket, "getaddrinfo", cut)
+    with network_cut():
         parallel_text.load_dataset(data_dir=directory)
     return directory
 

