@@ -74,7 +74,6 @@ def parse_arguments(arguments=None):
         ("learning-rate", 0.005, "highest learning rate of Adam"),
         ("warm-up", 100, "steps in which the learning rate rises; the paper's are 2000"),
         ("hold", 300, "steps at the highest one, then it falls with 1/√step; the paper's are 8000"),
-        ("clip-norm", 0.0, "longest gradient of a variable; longer ones are cut; 0 for any"),
         ("evaluations", 3, "evaluations on the validation pairs"),
         ("beam-width", 4, "hypotheses of the beam search"),
         ("length-penalty", 0.6, "its length normalisation α"),
@@ -199,13 +198,11 @@ def train(together, data, args):
     operations = sum(footprint(model).ops_per_timestep for model in together.models.values())
     softmax = sum(model.width * model.vocabulary_size for model in together.models.values())
     words = args.epochs * short.targets.flat_values.shape[0]
-    schedule = WarmupInverseSqrt(args.learning_rate, args.warm_up, args.hold)
     return experiment.fit(
         together,
         batches,
         make_batches(validation, args),
-        # Not one norm of all gradients: that would be of all models.
-        keras.optimizers.Adam(schedule, clipnorm=args.clip_norm or None),
+        keras.optimizers.Adam(WarmupInverseSqrt(args.learning_rate, args.warm_up, args.hold)),
         args.evaluations,
         [
             Throughput(operations, words / steps, softmax),
