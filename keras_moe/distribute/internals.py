@@ -13,8 +13,8 @@ in each, while collectives are of all replicas of all workers.
 of whichever replica runs it, the number of the replica is a tensor, and collectives are operations
 of the public `tf.raw_ops`.
 
-A SavedModel has all rows in one variable. To write it TensorFlow traces functions anew, and asks each
-variable by a private method for what is to stand in its place.
+A SavedModel has all rows in one variable. To write it TensorFlow traces functions anew, and asks
+each variable by a private method for what is to stand in its place.
 
 Checked with Keras 3.15. It has no public way to tell an optimizer that a gradient needs no sum over
 the replicas. So `ExpertParallel` does by itself what Keras does before and after `update_step`, and
