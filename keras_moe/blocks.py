@@ -11,15 +11,15 @@ enough for every load. As N·(S - 1) ≤ M, that is at most twice the rows.
 
 import tensorflow as tf
 
-from keras_moe.dispatch import rearrange, take
+from keras_moe.dispatch import rearrange, spread
 
 
 def block_by_block(function, rows, rows_per_expert, banks):
     """Applies each expert's function to the rows of that expert, in shapes that are static.
 
     Args:
-        function: As in `grouped.apply`, called once, with the rows of all blocks [G, S, D] and
-            their parameters [G, ...].
+        function: Called once, with the rows of all blocks [G, S, D] and their parameters [G, ...]
+            from each bank. It treats each row by itself, and returns rows of another width.
         rows: Float tensor [M, D], sorted by expert.
         rows_per_expert: int32 [N]. Rows behind those belong to no expert.
         banks: List of tensors [N, ...], the experts' parameters.
@@ -52,18 +52,5 @@ def block_by_block(function, rows, rows_per_expert, banks):
     source, place = tf.where(filled, source, 0), tf.where(kept, place, 0)
     blocks = rearrange(rows, source, place, filled, kept)
     blocks = tf.reshape(blocks, [num_blocks, size, rows.shape[-1]])
-    y = function(blocks, *[_parameters_of_blocks(bank, expert) for bank in banks])
+    y = function(blocks, *[spread(bank, expert) for bank in banks])
     return rearrange(tf.reshape(y, [-1, y.shape[-1]]), place, source, kept, filled)
-
-
-def _parameters_of_blocks(bank, expert):
-    """bank[expert], whose gradient is a dense sum over each expert's blocks."""
-
-    @tf.custom_gradient
-    def gather(bank):
-        def gradient(upstream):
-            return tf.math.unsorted_segment_sum(upstream, expert, bank.shape[0])
-
-        return take(bank, expert), gradient
-
-    return gather(bank)

@@ -1,9 +1,9 @@
 """The way of the rows to their experts and back.
 
-Every example has K choices, so T examples make T·K rows. `make_plan` gives each of them a position.
-First come C places of each expert in turn, filled from the first; then, sorted by expert, the rows
-that found the places of their expert taken; then those of choices that count for nothing (gate 0).
-With C = 0 all rows stand close together. Or what finds no place is dropped, and combines to zero.
+Every example has K choices, so T examples make T·K rows. `make_plan` gives each of them a position:
+sorted by expert, and behind them those of choices that count for nothing (gate 0). Or, with a
+capacity, each expert in turn has C places, filled from the first; what finds none is dropped, and
+combines to zero.
 
 `dispatch` brings the rows into position, `combine` sums the rows of each example, weighted by the
 gates; `collect` brings them back as they are. Each of these is a gather whose inverse is known, so
@@ -16,15 +16,15 @@ import tensorflow as tf
 
 
 class Plan(NamedTuple):
-    """Where each row goes. R rows, of which the first N·C are places.
+    """Where each row goes: R rows, T·K or, with a capacity, N·C.
 
     Attributes:
         example: int32 [R], the example that each row is a copy of; T for an empty place.
         choice: int32 [R], which of all choices (example·K + k) each row is; T·K for an empty place.
         position: int32 [T, K], the row of each choice.
-        rows_per_expert: int32 [N], the rows behind the places; `None` where they are dropped.
+        rows_per_expert: int32 [N]; `None` with a capacity, as then each has C.
         num_experts: N.
-        capacity: C, an integer or int32 scalar.
+        capacity: C, an integer or int32 scalar, or `None`.
         kept: bool [T, K], whether the choice has a row; `None` where nothing is dropped.
         fraction_dropped: float32 scalar, the part of the choices that found no place; `None`
             where nothing is dropped.
@@ -58,7 +58,7 @@ def expert_capacity(factor, k, num_examples, num_experts):
     return capacity if known is None else int(known)
 
 
-def make_plan(routing, num_experts, capacity=0, drop=False):
+def make_plan(routing, num_experts, capacity=None):
     """Gives each choice of a `Routing` its row.
 
     Of one expert's rows the first choices come first, then the second choices and so on; among
@@ -67,9 +67,8 @@ def make_plan(routing, num_experts, capacity=0, drop=False):
     Args:
         routing: A `Routing` of T examples with K choices each.
         num_experts: N.
-        capacity: C, the places of each expert: an integer, an int32 scalar, or a function of the
-            number of rows of each expert, int32 [N], that decides on it.
-        drop: Whether rows without a place are dropped, so that all shapes are static.
+        capacity: C, the places of each expert, an integer or int32 scalar; rows without one are
+            dropped. Default: each expert has as many as it has rows.
 
     Returns:
         A `Plan`.
@@ -80,33 +79,25 @@ def make_plan(routing, num_experts, capacity=0, drop=False):
     expert = tf.where(routing.gates > 0, routing.expert_index, num_experts)
     expert = tf.reshape(tf.transpose(expert), [-1])  # all first choices, then all second ones, …
     rank, counts = ranks(expert, num_experts + 1)
-    if callable(capacity):
-        capacity = capacity(counts[:num_experts])
-
-    in_places = tf.concat([tf.minimum(counts[:num_experts], capacity), [0]], axis=0)
-    behind = counts - in_places
-    has_place = rank < tf.gather(in_places, expert)
-    place = expert * capacity + rank
-    num_places = num_experts * capacity
-    if drop:
-        num_rows, rows_per_expert, kept = num_places, None, _per_example(has_place, k)
-        fraction_dropped = fraction(behind[:num_experts], counts[:num_experts])
+    if capacity is None:
+        num_rows, rows_per_expert, kept, fraction_dropped = num_choices, counts[:-1], None, None
+        row = position = tf.gather(tf.cumsum(counts, exclusive=True), expert) + rank
+    else:
+        num_rows, rows_per_expert = num_experts * capacity, None
+        has_place = tf.logical_and(rank < capacity, expert < num_experts)
+        kept = _per_example(has_place, k)
+        beyond = tf.maximum(counts[:-1] - capacity, 0)
+        fraction_dropped = fraction(beyond, counts[:-1])
+        place = expert * capacity + rank
         row = tf.where(has_place, place, num_rows)  # One row more, for all that have none.
         position = tf.where(has_place, place, 0)
-    else:
-        # Close together, all shapes are static too.
-        close = isinstance(capacity, int) and capacity == 0
-        num_rows = num_choices if close else num_places + tf.reduce_sum(behind)
-        rows_per_expert, kept, fraction_dropped = behind[:num_experts], None, None
-        start = num_places + tf.cumsum(behind, exclusive=True) - in_places
-        row = position = tf.where(has_place, place, tf.gather(start, expert) + rank)
 
     index = tf.range(num_choices)
     example = index % tf.maximum(num_examples, 1)  # There may be no example, and no index then.
     choice = example * k + index // tf.maximum(num_examples, 1)
 
     def by_row(values, otherwise):
-        rows = tf.fill([num_rows + int(drop)], otherwise)
+        rows = tf.fill([num_rows + int(capacity is not None)], otherwise)
         return tf.tensor_scatter_nd_update(rows, row[:, None], values)[:num_rows]
 
     return Plan(
@@ -129,7 +120,7 @@ def dispatch(x, plan):
         plan: A `Plan`.
 
     Returns:
-        Float tensor [R, D], zeros in empty places; [N, C, D] where rows are dropped.
+        Float tensor [R, D]; with a capacity [N, C, D], zeros in empty places.
     """
 
     @tf.custom_gradient
@@ -247,6 +238,19 @@ def take(x, index, valid=None):
     return tf.where(valid, taken, tf.zeros([], taken.dtype))
 
 
+def spread(table, index):
+    """table[index] along the first axis. Each row's gradient is a sum, and all of it dense."""
+
+    @tf.custom_gradient
+    def gather(table):
+        def gradient(upstream):
+            return tf.math.unsorted_segment_sum(upstream, index, table.shape[0])
+
+        return tf.gather(table, index), gradient
+
+    return gather(tf.convert_to_tensor(table))
+
+
 def _sum_over_choices(rows, plan, weights=None):
     """Sum over k of rows[position[:, k]], each times weights[:, k]: K gathers, no scatter."""
 
@@ -269,7 +273,7 @@ def _sum_over_choices(rows, plan, weights=None):
 
 def _take_rows(x, index, plan):
     """x[index], zeros where `index` is that of the row behind the last one."""
-    if isinstance(plan.capacity, int) and plan.capacity == 0:  # There are no empty places.
+    if plan.capacity is None:  # There are no empty places.
         return tf.gather(x, index)
     zeros = tf.zeros([1, x.shape[-1]], x.dtype)
     return tf.gather(tf.concat([x, zeros], axis=0), index)

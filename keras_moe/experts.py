@@ -5,20 +5,19 @@ returns [M, output_dim]. Each expert computes its own rows and no others; rows b
 expert's belong to none and come back as zeros. Where every expert has C rows the bank is called
 with `rows` [N, C, D] alone and returns [N, C, output_dim].
 
-A bank with a method `even_capacity` gets both at once: C rows of each expert, C being the method's
-answer to the number of rows of each and to whether it is training, and behind them those above C,
-sorted and counted as before. A bank called with `experts` [K] in place of all these gets one
-example [1, D], and returns what each of these experts makes of it, [K, output_dim].
+A bank called with `experts` [K] in place of `rows_per_expert` gets one example [1, D], and returns
+what each of these experts makes of it, [K, output_dim].
 """
 
+import functools
 import inspect
-import math
 
 import keras
 from keras import ops
 
 from keras_moe import grouped
 from keras_moe.arguments import check_size
+from keras_moe.blocks import block_by_block
 from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.initializers import PerExpert
 from keras_moe.quantized import Int8Kernels
@@ -81,8 +80,6 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
     Call arguments:
         rows: Float tensor [M, D], sorted by expert, or [N, C, D].
         rows_per_expert: int32 [N], their sum at most M; `None` with [N, C, D].
-        capacity: Integer or int32 scalar C: before the rows that are sorted and counted come C
-            rows of each expert.
         experts: int32 [K], K known, experts for each of which `rows` is the same example [1, D].
 
     Returns:
@@ -163,41 +160,40 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         for variable in (*self.kernels, *self.biases):
             variable.expert_rank = len(variable.shape) - 1  # By it optimizers know them.
 
-    def even_capacity(self, rows_per_expert, training=True):
-        """With how many places per expert a call is fastest, for these numbers of rows, int32 [N].
-
-        See `grouped.even_capacity`.
-        """
-        # A batch of kernels in int8 would convert those of all experts at the same time.
-        if self.static_shapes or self.scales:
-            return 0
-        size = sum(math.prod(weight.shape[1:]) for weight in self.weights)
-        return grouped.even_capacity(rows_per_expert, size, training)
-
-    def call(self, rows, rows_per_expert=None, capacity=0, experts=None):
-        # One row per expert's bias, so that it can be added to rows and to blocks of rows.
-        biases = [ops.expand_dims(bias, axis=1) for bias in self.biases]
-        banks = [*self.kernels, *self.scales, *biases]
+    def call(self, rows, rows_per_expert=None, experts=None):
+        scales = [ops.squeeze(scale, axis=1) for scale in self.scales]
+        banks = [*self.kernels, *scales, *self.biases]
         if experts is not None:
             return grouped.one_example(self._feed_forward, rows, experts, banks)
-        function = grouped.recomputed(self._feed_forward) if self.recompute else self._feed_forward
-        if rows_per_expert is None:
-            return function(rows, *banks)
-        return grouped.apply(function, rows, rows_per_expert, banks, capacity, self.static_shapes)
+        in_blocks = rows_per_expert is not None and self.static_shapes
+        function = functools.partial(
+            self._feed_forward, rows_per_expert=None if in_blocks else rows_per_expert
+        )
+        if self.recompute:
+            function = grouped.recomputed(function)
+        if in_blocks:
+            return block_by_block(function, rows, rows_per_expert, banks)
+        return function(rows, *banks)
 
-    def _feed_forward(self, rows, *parameters):
-        """One expert on its rows [M, D], or G of them on theirs [G, M, D]."""
+    def _feed_forward(self, rows, *parameters, rows_per_expert=None):
+        """One expert on its rows [M, D], G of them on theirs [G, M, D], or all on sorted rows."""
+        product, of_rows = _product, functools.partial(ops.expand_dims, axis=-2)
+        if rows_per_expert is not None:
+            product = functools.partial(grouped.product, rows_per_expert=rows_per_expert)
+            of_rows = functools.partial(
+                grouped.of_rows, rows_per_expert=rows_per_expert, num_rows=ops.shape(rows)[0]
+            )
         number = len(self.kernels)
         kernels, others = parameters[:number], parameters[number:]
         scales, biases = others[: len(self.scales)], others[len(self.scales) :]
         for i, kernel in enumerate(kernels):
             if i > 0:
                 rows = self._activate(rows)
-            rows = _product(rows, kernel)
+            rows = product(rows, kernel)
             if scales:
-                rows /= scales[i]
+                rows = ops.divide_no_nan(rows, of_rows(scales[i]))
             if biases:
-                rows += biases[i]
+                rows += of_rows(biases[i])
         return rows
 
     def _activate(self, rows):
@@ -236,15 +232,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
 
 
 def _product(rows, kernel):
-    """rows·kernel. A kernel stored in less than the rows' precision is converted for rows alone."""
-    if keras.backend.standardize_dtype(kernel.dtype) == rows.dtype:
-        return ops.matmul(rows, kernel)
-    empty = (*ops.shape(rows)[:-1], kernel.shape[-1])
-    return ops.cond(
-        ops.size(rows) > 0,
-        lambda: ops.matmul(rows, ops.cast(kernel, rows.dtype)),
-        lambda: ops.zeros(empty, rows.dtype),
-    )
+    return ops.matmul(rows, ops.cast(kernel, rows.dtype))  # It may be stored in another dtype.
 
 
 def _check_hidden_units(hidden_units):

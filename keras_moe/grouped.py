@@ -1,99 +1,109 @@
-"""A function of every expert's own rows: `apply` runs expert i's function on the rows of expert i.
+"""Products of sorted rows, each with the matrix of its expert: `product`, and what goes with it.
 
-How many rows each expert has depends on the data, and there are four ways to live with that.
+How many rows each expert has depends on the data. Three ways to live with that:
 
-* Piece by piece: every expert has a product of its own, with just its rows.
-* Batched: each expert has C places, and one batched product computes all of them.
-* Alone: a loop goes from expert to expert, and each computes just its own rows.
-* Block by block (`blocks.py`): the rows are cut into blocks of equal size, each of one expert, and
-  all blocks are computed at once. Only here the shapes don't depend on the data, as XLA and TPUs
-  need it, at up to twice the operations.
+* Expert by expert: a loop over those that have rows multiplies just these. The others' matrices
+  are not even read.
+* Batched: each expert gets as many places as the fullest has rows, and one batched product computes
+  all of them. Zeros fill the empty places.
+* Block by block (`blocks.py`): only here the shapes don't depend on the data, as XLA and TPUs need
+  it, at up to twice the operations.
 
-Up to 64 experts are computed piece by piece. With more, the graph is not to grow, and the second
-and the third way go together: what finds no place in the batch is computed alone. `even_capacity`
-is the rule that divides the work. It leaves a few rows, and the many rows of an expert far above
-the others, to the loop.
+Results and gradients of the rows are computed expert by expert, gradients of the matrices batched:
+these are as large as all matrices, and a loop's would have to be put together by one more copy.
+Only where the empty places would cost more than that copy is it a loop, too.
 
-One example alone needs none of that: `one_example` calls the functions of its K experts.
+Measured with 2 cores, TensorFlow 2.21: benchmarks/README.md.
 """
 
 import tensorflow as tf
 
 from keras_moe.blocks import block_by_block
+from keras_moe.dispatch import spread
 
-MOST_PIECES = 64  # the most experts to be computed piece by piece, each by operations of its own
-
-# What `even_capacity` counts with, measured on 2 cores with AVX-512, in rows: the time that one
-# row of an expert takes, that is P multiply-adds for an expert of P parameters.
-_READ = 50  # to read an expert's parameters and to write their gradient
-_ADD = 20  # to add the gradients of the loop to those of the batch, for every expert
-_TURN = 100, 2e7  # a turn of the loop: rows, and multiply-adds whatever the expert's size
-_TURN_FORWARD = 60, 4.5e6  # the same outside training, in the time of a row there
+# By these the batch is weighed against the loop, measured with 2 cores, in the time that one row of
+# an expert takes.
+_PLACE = 1.2  # a place of the batch: to copy a row there, and to compute it
+_COPY = 50.0  # to copy an expert's gradient
 
 
-def even_capacity(rows_per_expert, size, training=True):
-    """The number of places per expert with which `apply` is estimated to be fastest.
+def product(rows, kernel, rows_per_expert, static_shapes=False):
+    """Multiplies each row by the matrix of its expert.
 
-    Up to 64 experts need none: 0, an integer. With more and C > 0 the batch costs as much as
-    N·(C + 50) rows. Each expert that has more than C rows costs as much as 100 rows more and 2·10⁷
-    multiply-adds, and all of them together as 20·N rows if there is a batch, too. Without gradients
-    it is 60 rows and 4.5·10⁶ multiply-adds, and those 20·N rows are saved.
+    Args:
+        rows: Float tensor [M, D], sorted by expert.
+        kernel: Tensor or variable [N, D, F]. One of another dtype than `rows`, for storage, is
+            converted expert by expert.
+        rows_per_expert: int32 [N]. Rows behind those belong to no expert.
+        static_shapes: Whether the shapes must not depend on `rows_per_expert`.
+
+    Returns:
+        Float tensor [M, F]; zeros behind the last expert's rows.
+    """
+    kernel = tf.convert_to_tensor(kernel)
+    if static_shapes:
+        return block_by_block(tf.matmul, rows, rows_per_expert, [kernel])
+
+    @tf.custom_gradient
+    def multiply(rows, kernel):
+        def times(piece, expert):
+            return tf.matmul(piece, tf.cast(kernel[expert], rows.dtype))
+
+        def times_transposed(piece, expert):
+            # As a batch of one: the other product of TensorFlow (2.21, on CPUs) takes twice as long
+            # with a transposed matrix and few rows.
+            matrix = tf.cast(kernel[expert], rows.dtype)
+            return tf.matmul(piece[None], matrix[None], transpose_b=True)[0]
+
+        def gradient(upstream):
+            return (
+                _expert_by_expert(times_transposed, upstream, rows_per_expert, rows.shape[-1]),
+                tf.cast(_gradient_of_kernel(rows, upstream, rows_per_expert), kernel.dtype),
+            )
+
+        return _expert_by_expert(times, rows, rows_per_expert, kernel.shape[-1]), gradient
+
+    return multiply(rows, kernel)
+
+
+def is_even(rows_per_expert):
+    """Whether a batch with places for the largest number of rows is estimated to be faster.
 
     Args:
         rows_per_expert: int32 [N].
-        size: P.
-        training: Whether there will be gradients.
 
     Returns:
-        Integer or int32 scalar, 0 or the number of rows of some expert.
+        Boolean scalar: whether 1.2 times the largest number is at most the mean and 50.
     """
-    num_experts = rows_per_expert.shape[0]
-    if num_experts <= MOST_PIECES:
-        return 0
-    # The candidates are the experts' numbers of rows, the largest first, and 0.
-    rows = tf.concat([tf.sort(rows_per_expert, direction="DESCENDING"), [0]], axis=0)
-    alone = tf.range(num_experts + 1)  # so many experts have more rows, or as many
-    above = tf.cumsum(rows, exclusive=True) - alone * rows
-    rows, alone, above = (tf.cast(x, tf.float32) for x in (rows, alone, above))
-    batch = tf.where(rows > 0, num_experts * (rows + _READ), 0.0)
-    turn, add = (_TURN, _ADD) if training else (_TURN_FORWARD, 0)
-    both = tf.where(tf.logical_and(rows > 0, alone > 0), float(num_experts * add), 0.0)
-    loop = alone * (turn[0] + turn[1] / size) + above
-    return tf.cast(tf.gather(rows, tf.argmin(batch + both + loop)), tf.int32)
+    rows = tf.cast(rows_per_expert, tf.float32)
+    return _PLACE * tf.reduce_max(rows) <= tf.reduce_mean(rows) + _COPY
 
 
-def apply(function, rows, rows_per_expert, banks, capacity=0, static_shapes=False):
-    """Applies each expert's function to the rows of that expert.
+def of_rows(bank, rows_per_expert, num_rows):
+    """The parameters of each sorted row's expert.
 
     Args:
-        function: Called with rows and one array per bank: [rows of that expert, D] and [...], or
-            many experts' rows [G, size, D] and [G, ...]. It treats each row by itself and returns
-            rows of another width.
-        rows: Float tensor [M, D]: `capacity` rows of each expert, then others, sorted by expert.
-        rows_per_expert: int32 [N], how many others. Rows behind those belong to no expert.
-        banks: List of tensors or variables [N, ...], the experts' parameters.
-        capacity: C, an integer or int32 scalar.
-        static_shapes: Whether the shapes must not depend on `rows_per_expert`. Only with C = 0.
+        bank: Float tensor or variable [N, F].
+        rows_per_expert: int32 [N].
+        num_rows: M. Rows behind those of the experts get zeros.
 
     Returns:
-        Float tensor [M, width]; zeros behind the last expert's rows.
+        Float tensor [M, F].
     """
-    banks = [tf.convert_to_tensor(bank) for bank in banks]
-    if static_shapes:
-        return block_by_block(function, rows, rows_per_expert, banks)
-    if isinstance(capacity, int) and capacity == 0 and rows_per_expert.shape[0] <= MOST_PIECES:
-        return _piece_by_piece(function, rows, rows_per_expert, banks)
-    return _batched_and_alone(function, rows, rows_per_expert, banks, capacity)
+    num_experts = rows_per_expert.shape[0]
+    rest = num_rows - tf.reduce_sum(rows_per_expert)
+    expert = tf.repeat(tf.range(num_experts + 1), tf.concat([rows_per_expert, rest[None]], axis=0))
+    return spread(tf.pad(bank, [[0, 1], [0, 0]]), expert)
 
 
 def one_example(function, x, experts, banks):
     """Applies several experts' functions to one example: nothing is sorted, padded or copied.
 
     Args:
-        function: As in `apply`.
+        function: Called with `x` and an expert's parameters [...] of each bank.
         x: Float tensor [1, D].
         experts: int32 [K], K known.
-        banks: As in `apply`.
+        banks: List of tensors or variables [N, ...], the experts' parameters.
 
     Returns:
         Float tensor [K, width].
@@ -179,129 +189,56 @@ def join(pieces, rest):
     return tf.concat([*pieces, zeros], axis=0)
 
 
-def _piece_by_piece(function, rows, rows_per_expert, banks):
-    *pieces, rest = split(rows, rows_per_expert)
-    experts = zip(pieces, *map(_unstack, banks), strict=True)
-    return join([function(*expert) for expert in experts], rest)
-
-
-def _unstack(bank):
-    """`tf.unstack` without a copy: slices along the first axis share the memory of the bank."""
-
-    @tf.custom_gradient
-    def slices(bank):
-        def gradient(*upstream):
-            return tf.stack(upstream)
-
-        return [bank[i] for i in range(bank.shape[0])], gradient
-
-    return slices(bank)
-
-
-def _batched_and_alone(function, rows, rows_per_expert, banks, capacity):
-    num_experts = rows_per_expert.shape[0]
-    num_places = num_experts * capacity
-
-    def batch_of(rows):
-        return tf.reshape(rows[:num_places], [num_experts, capacity, rows.shape[-1]])
-
-    def joined(batch, others):
-        places = tf.reshape(batch, [num_places, batch.shape[-1]])
-        return tf.cond(  # A concatenation with nothing would copy all the same.
-            tf.size(others) > 0, lambda: tf.concat([places, others], axis=0), lambda: places
-        )
-
-    # One gradient for both ways: theirs of the banks, as large as the banks, are not to be added.
-    @tf.custom_gradient
-    def call(rows, *banks):
-        batch, others = batch_of(rows), rows[num_places:]
-        with tf.GradientTape() as tape:
-            tape.watch([batch, *(bank for bank in banks if bank.dtype.is_floating)])
-            y_batch = function(batch, *banks)
-        y_others, gradient_alone = _alone(
-            function, others, rows_per_expert, banks, y_batch.shape[-1]
-        )
-
-        def gradient(upstream):
-            of_batch, *of_banks = tape.gradient(
-                y_batch, [batch, *banks], batch_of(upstream), unconnected_gradients="zero"
-            )
-            of_others, experts, of_theirs = gradient_alone(upstream[num_places:])
-            of_banks = [
-                _add_at(experts, bank, theirs)
-                for bank, theirs in zip(of_banks, of_theirs, strict=True)
-            ]
-            return joined(of_batch, of_others), *of_banks
-
-        return joined(y_batch, y_others), gradient
-
-    return call(rows, *banks)
-
-
-def _add_at(experts, bank, theirs):
-    """bank[experts] += theirs. Copies the bank, and so only where there is something to add."""
-    return tf.cond(
-        tf.size(experts) > 0,
-        lambda: tf.tensor_scatter_nd_add(bank, experts[:, None], theirs),
-        lambda: tf.identity(bank),
-    )
-
-
-def _alone(function, rows, rows_per_expert, banks, width):
-    """Goes through the experts that have rows. The backward pass computes these rows again.
-
-    Returns:
-        The rows of the given width, zeros behind the last expert's, and a function from their
-        gradient to that of `rows`, the experts that have rows, and the gradients of their
-        parameters.
-    """
+def _expert_by_expert(function, rows, rows_per_expert, width):
+    """function(rows of an expert, its index) of each that has rows; zeros behind their rows."""
     experts = tf.cast(tf.where(rows_per_expert > 0)[:, 0], tf.int32)
-    number = tf.size(experts)
-    sizes = tf.gather(rows_per_expert, experts)
-    ends = tf.cumsum(sizes)
-    num_rest = tf.shape(rows)[0] - tf.reduce_sum(rows_per_expert)
+    number, ends = tf.size(experts), tf.cumsum(rows_per_expert)
 
-    def pieces(number, shape):
-        return tf.TensorArray(rows.dtype, number, element_shape=shape, infer_shape=False)
+    def turn(i, pieces):
+        piece = _piece(rows, experts[i], rows_per_expert, ends)
+        return i + 1, pieces.write(i, function(piece, experts[i]))
 
-    def piece_of(rows, i):
-        return rows[ends[i] - sizes[i] : ends[i]]
+    pieces = tf.TensorArray(rows.dtype, number + 1, element_shape=[None, width], infer_shape=False)
+    _, pieces = tf.while_loop(lambda i, _: i < number, turn, (0, pieces))
+    rest = tf.zeros([tf.shape(rows)[0] - ends[-1], width], rows.dtype)
+    y = pieces.write(number, rest).concat()
+    y.set_shape([rows.shape[0], width])
+    return y
 
-    def arguments(i):
-        return [piece_of(rows, i), *(bank[experts[i]] for bank in banks)]
 
-    def loop(body, *arrays):
-        _, *arrays = tf.while_loop(
-            lambda i, *_: i < number,
-            lambda i, *arrays: (
-                i + 1,
-                *(array.write(i, x) for array, x in zip(arrays, body(i), strict=True)),
-            ),
-            (0, *arrays),
+def _gradient_of_kernel(rows, upstream, rows_per_expert):
+    """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
+    num_experts, most = rows_per_expert.shape[0], tf.reduce_max(rows_per_expert)
+    ends = tf.cumsum(rows_per_expert)
+
+    def batched():
+        place = tf.range(most)
+        filled = place < rows_per_expert[:, None]
+        row = tf.where(filled, (ends - rows_per_expert)[:, None] + place, -1)
+        # Zeros where there is no row -1: neither operand may have a NaN there.
+        places = [
+            tf.gather_nd(x, row[..., None], bad_indices_policy="IGNORE") for x in (rows, upstream)
+        ]
+        return tf.matmul(*places, transpose_a=True)
+
+    def expert_by_expert():
+        def of_expert(i):
+            pieces = [_piece(x, i, rows_per_expert, ends) for x in (rows, upstream)]
+            return tf.matmul(*pieces, transpose_a=True)
+
+        shape = [rows.shape[-1], upstream.shape[-1]]
+        return tf.map_fn(
+            of_expert,
+            tf.range(num_experts),
+            parallel_iterations=10,  # as in any other graph; outside of one TensorFlow says 1
+            fn_output_signature=tf.TensorSpec(shape, rows.dtype),
         )
-        return arrays
 
-    def joined(array, width):
-        return array.write(number, tf.zeros([num_rest, width], rows.dtype)).concat()
+    return tf.cond(is_even(rows_per_expert), batched, expert_by_expert)
 
-    (y,) = loop(lambda i: [function(*arguments(i))], pieces(number + 1, [None, width]))
 
-    def gradient(upstream):
-        def body(i):
-            with tf.GradientTape() as tape:
-                parts = arguments(i)
-                tape.watch(parts)
-                y = function(*parts)
-            return tape.gradient(y, parts, piece_of(upstream, i), unconnected_gradients="zero")
-
-        of_rows, *of_banks = loop(
-            body,
-            pieces(number + 1, [None, rows.shape[-1]]),
-            *(pieces(number, bank.shape[1:]) for bank in banks),
-        )
-        return joined(of_rows, rows.shape[-1]), experts, [bank.stack() for bank in of_banks]
-
-    return joined(y, width), gradient
+def _piece(rows, expert, rows_per_expert, ends):
+    return rows[ends[expert] - rows_per_expert[expert] : ends[expert]]
 
 
 def _after(upstream, x):

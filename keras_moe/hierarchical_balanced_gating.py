@@ -1,10 +1,6 @@
 """Strictly balanced gating at two levels (appendices B and F of the paper)."""
 
-import functools
-import math
-
 import keras
-import tensorflow as tf
 from keras import ops
 
 from keras_moe import dispatch, grouped
@@ -90,13 +86,13 @@ class HierarchicalBalancedGating(BalancedGating):
 
         # From here on there is one row for each choice of a group: T·K_primary.
         group, received = ops.reshape(index, (-1,)), ops.reshape(primary.gates > 0, (-1,))
-        logits = self._multiply(x, primary, training)
+        logits = self._multiply(x, primary)
         self.add_router_z_loss(logits, received)
         scores, counted = scored(logits, received)
         kept = None
         if training:
             kept = keep_best_of_groups(scores, counted, self.k[1], group, received, self.num_groups)
-        thresholds = _take_rows(tf.convert_to_tensor(self.secondary_thresholds), group)
+        thresholds = dispatch.spread(self.secondary_thresholds, group)
         member, gates = self.choose(scores, thresholds, counted, kept)
         leaf = group[:, None] * self.experts_per_group + member
         gates *= ops.reshape(primary.gates, (-1, 1))
@@ -104,17 +100,11 @@ class HierarchicalBalancedGating(BalancedGating):
         leaf, gates = ops.reshape(leaf, shape), ops.reshape(gates, shape)
         return make_routing(leaf, gates, self.num_experts)
 
-    def _multiply(self, x, primary, training):
+    def _multiply(self, x, primary):
         """Each example times the kernels of its groups: [T·K_primary, B], by choices."""
-        capacity = 0
-        if not self.static_shapes:
-            size = math.prod(self.secondary.shape[1:])
-            capacity = functools.partial(grouped.even_capacity, size=size, training=bool(training))
-        plan = dispatch.make_plan(primary, self.num_groups, capacity)
-        rows, counts = dispatch.dispatch(x, plan), plan.rows_per_expert
-        products = grouped.apply(
-            ops.matmul, rows, counts, [self.secondary], plan.capacity, self.static_shapes
-        )
+        plan = dispatch.make_plan(primary, self.num_groups)
+        rows = dispatch.dispatch(x, plan)
+        products = grouped.product(rows, self.secondary, plan.rows_per_expert, self.static_shapes)
         return dispatch.collect(products, plan)
 
     def expert_axis(self, variable):
@@ -130,13 +120,3 @@ class HierarchicalBalancedGating(BalancedGating):
             "k": self.k,
             **config,
         }
-
-
-@tf.custom_gradient
-def _take_rows(table, index):
-    """`tf.gather`, whose own gradient is sparse."""
-
-    def gradient(upstream):
-        return tf.math.unsorted_segment_sum(upstream, index, table.shape[0]), None
-
-    return tf.gather(table, index), gradient

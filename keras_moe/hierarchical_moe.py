@@ -5,9 +5,6 @@ picks among that group's experts. To dispatch, experts and combine that is a rou
 other: expert j of group i is the leaf i·B + j of A·B.
 """
 
-import functools
-import math
-
 import keras
 from keras import ops
 
@@ -122,9 +119,8 @@ class HierarchicalGating(NoisyGating):
         primary = make_routing(group, gates, self.num_groups, mask, chances)
 
         # From here on there is one row for each choice of a group: T·K_primary.
-        even_capacity = functools.partial(self._even_capacity, training=bool(training))
         kernels = [self.secondary, self.secondary_noise] if noisy else [self.secondary]
-        logits, *noise_logits = self._multiply(x, kernels, primary, even_capacity)
+        logits, *noise_logits = self._multiply(x, kernels, primary)
         self.add_router_z_loss(logits, ops.reshape(primary.gates > 0, (-1,)))
         member, gates, chances = self.choose(
             self.k[1],
@@ -149,22 +145,17 @@ class HierarchicalGating(NoisyGating):
             load=ops.reshape(share[:, None] * secondary_load, (-1,)),
         )
 
-    def _even_capacity(self, rows_per_group, training):
-        if self.static_shapes:
-            return 0
-        return grouped.even_capacity(rows_per_group, math.prod(self.secondary.shape[1:]), training)
-
-    def _multiply(self, x, kernels, primary, even_capacity):
+    def _multiply(self, x, kernels, primary):
         """Each example times the kernels of its groups: of each [T·K_primary, B], by choices."""
 
         def products(rows, plan):
-            counts, shapes = plan.rows_per_expert, (plan.capacity, self.static_shapes)
             return [
-                grouped.apply(ops.matmul, rows, counts, [kernel], *shapes) for kernel in kernels
+                grouped.product(rows, kernel, plan.rows_per_expert, self.static_shapes)
+                for kernel in kernels
             ]
 
         if not self.expert_parallel or collectives.num_replicas() == 1:
-            plan = dispatch.make_plan(primary, self.num_groups, even_capacity)
+            plan = dispatch.make_plan(primary, self.num_groups)
             rows = products(dispatch.dispatch(x, plan), plan)
             return [dispatch.collect(part, plan) for part in rows]
         collectives.check_can_communicate()
@@ -174,7 +165,7 @@ class HierarchicalGating(NoisyGating):
             lambda rows, plan: ops.concatenate(products(rows, plan), axis=-1),
             dispatch.dispatch(x, plan),
             plan.rows_per_expert,
-            lambda routing: dispatch.make_plan(routing, num_local, even_capacity),
+            lambda routing: dispatch.make_plan(routing, num_local),
         )
         return ops.split(dispatch.collect(rows, plan), len(kernels), axis=-1)
 

@@ -8,11 +8,13 @@ import functools
 
 from keras import ops
 
-from keras_moe import dispatch, grouped
+from keras_moe import dispatch
 from keras_moe.distribute import collectives
 from keras_moe.distribute.exchange import on_their_replicas
 from keras_moe.distribute.global_capacity import drop_beyond
 from keras_moe.experts import takes_one_example
+
+_MOST_UNROLLED = 64  # K up to which an example's experts have operations of their own in the graph
 
 
 def mix(bank, examples, routing, *, training, capacity=None, expert_parallel=False):
@@ -22,7 +24,7 @@ def mix(bank, examples, routing, *, training, capacity=None, expert_parallel=Fal
         bank: The N experts.
         examples: Float tensor [T, D].
         routing: Their `Routing`.
-        training: Whether gradients will be taken of all experts.
+        training: Whether gradients will be taken.
         capacity: Function from the number of examples to the most rows of an expert. What is beyond
             is dropped. Default: nothing is.
         expert_parallel: Whether the bank holds only this replica's experts.
@@ -31,30 +33,29 @@ def mix(bank, examples, routing, *, training, capacity=None, expert_parallel=Fal
         y, float [T, D_out], and the part of the choices that was dropped, `None` without capacity.
     """
     if expert_parallel and collectives.num_replicas() > 1:
-        return _over_replicas(bank, examples, routing, training, capacity)
+        return _over_replicas(bank, examples, routing, capacity)
     if training or not _takes_one(bank, routing):
-        return _here(bank, examples, routing, training, capacity)
+        return _here(bank, examples, routing, capacity)
     y = ops.cond(
         ops.shape(examples)[0] == 1,
         lambda: _of_one(bank, examples, routing),
-        lambda: _here(bank, examples, routing, training, None)[0],
+        lambda: _here(bank, examples, routing)[0],
     )
     return y, None
 
 
-def _here(bank, examples, routing, training, capacity):
-    drop = capacity is not None
-    places = capacity(ops.shape(examples)[0]) if drop else _even_capacity(bank, training)
-    plan = dispatch.make_plan(routing, bank.num_experts, places, drop)
+def _here(bank, examples, routing, capacity=None):
+    places = None if capacity is None else capacity(ops.shape(examples)[0])
+    plan = dispatch.make_plan(routing, bank.num_experts, places)
     rows = _compute(bank, dispatch.dispatch(examples, plan), plan)
     return dispatch.combine(rows, routing.gates, plan), plan.fraction_dropped
 
 
-def _over_replicas(bank, examples, routing, training, capacity):
+def _over_replicas(bank, examples, routing, capacity):
     """The same of the batch of all replicas: each one's rows go where their experts are."""
     collectives.check_can_communicate()
     num_local = bank.num_experts // collectives.num_replicas()
-    places, most, fraction_dropped = _even_capacity(bank, training), None, None
+    places, most, fraction_dropped = None, None, None
     if capacity is not None:
         places = capacity(collectives.total_size(ops.shape(examples)[0]))
         most = num_local * places
@@ -64,7 +65,7 @@ def _over_replicas(bank, examples, routing, training, capacity):
         functools.partial(_compute, bank),
         dispatch.dispatch(examples, plan),
         plan.rows_per_expert,
-        lambda received: dispatch.make_plan(received, num_local, places, capacity is not None),
+        lambda received: dispatch.make_plan(received, num_local, places),
         most,
     )
     return dispatch.combine(rows, routing.gates, plan), fraction_dropped
@@ -72,7 +73,7 @@ def _over_replicas(bank, examples, routing, training, capacity):
 
 def _takes_one(bank, routing):
     k = routing.expert_index.shape[1]
-    return k is not None and k <= grouped.MOST_PIECES and takes_one_example(bank)
+    return k is not None and k <= _MOST_UNROLLED and takes_one_example(bank)
 
 
 def _of_one(bank, examples, routing):
@@ -87,12 +88,4 @@ def _of_one(bank, examples, routing):
 def _compute(bank, rows, plan):
     if plan.rows_per_expert is None:
         return bank(rows)
-    if hasattr(bank, "even_capacity"):
-        return bank(rows, plan.rows_per_expert, capacity=plan.capacity)
     return bank(rows, plan.rows_per_expert)
-
-
-def _even_capacity(bank, training):
-    if not hasattr(bank, "even_capacity"):
-        return 0
-    return functools.partial(bank.even_capacity, training=training)

@@ -16,26 +16,6 @@ def routing(expert_index, gates):
 GATES = [[0.5, 0.5], [0.9, 0.1], [1, np.nan]]
 
 
-def test_places_come_before_the_rows_that_find_none():
-    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1]], GATES), 4, capacity=1)
-    # A place per expert: 0 to its first choice, of example 1; 1 to example 1, 2 to example 0; 3 is
-    # empty (T = 3, T·K = 6). Behind them the other rows of 0 and 2, then the choice without a gate.
-    np.testing.assert_array_equal(plan.example, [1, 1, 0, 3, 0, 2, 2])
-    np.testing.assert_array_equal(plan.choice, [2, 3, 0, 6, 1, 4, 5])
-    np.testing.assert_array_equal(plan.position, [[2, 4], [0, 1], [5, 6]])
-    np.testing.assert_array_equal(plan.rows_per_expert, [1, 0, 1, 0])
-
-
-def test_a_function_may_choose_the_capacity():
-    def capacity(rows_per_expert):
-        np.testing.assert_array_equal(rows_per_expert, [2, 1, 2, 0])
-        return tf.constant(2)
-
-    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1]], GATES), 4, capacity)
-    np.testing.assert_array_equal(plan.example, [1, 0, 1, 3, 0, 2, 3, 3, 2])
-    np.testing.assert_array_equal(plan.rows_per_expert, [0, 0, 0, 0])
-
-
 def test_plan_sorts_by_expert_and_puts_dead_choices_last():
     plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1]], GATES), 4)
     # Rows in order of expert, then of choice, then of example: 0 of example 1, whose first choice
@@ -57,21 +37,17 @@ def test_every_row_meets_its_expert_and_comes_back(data):
     gates = rng.random((examples, k)) * (rng.random((examples, k)) < 0.8)
     x = rng.normal(size=(examples, 3)).astype("float32")
     # Expert i multiplies by i + 1, so example t gets x_t · Σ_k gate·(index + 1).
-    plan = dispatch.make_plan(routing(index, gates), num_experts, data.draw(st.integers(0, 3)))
-    rows = dispatch.dispatch(x, plan)
-    places = rows[: num_experts * plan.capacity]
-    factor = np.repeat(np.arange(num_experts) + 1.0, plan.capacity)[:, None]
-    *pieces, rest = grouped.split(rows[len(places) :], plan.rows_per_expert)
+    plan = dispatch.make_plan(routing(index, gates), num_experts)
+    *pieces, rest = grouped.split(dispatch.dispatch(x, plan), plan.rows_per_expert)
     assert len(pieces) == num_experts
-    others = grouped.join([piece * (i + 1) for i, piece in enumerate(pieces)], rest)
-    rows = tf.concat([places * factor, others], axis=0)
+    rows = grouped.join([piece * (i + 1) for i, piece in enumerate(pieces)], rest)
     y = dispatch.combine(rows, tf.constant(gates, tf.float32), plan)
     np.testing.assert_allclose(
         y, x * (gates * (index + 1)).sum(axis=1, keepdims=True), rtol=1e-5, atol=1e-6
     )
 
 
-@pytest.mark.parametrize("capacity", [0, 1, 3])
+@pytest.mark.parametrize("capacity", [None, 5])  # 5 examples: nothing is dropped
 def test_gradients_are_dense_and_right(capacity):
     rng = np.random.default_rng(0)
     index = np.array([rng.permutation(4)[:2] for _ in range(5)])
@@ -79,8 +55,10 @@ def test_gradients_are_dense_and_right(capacity):
     x = tf.constant(rng.normal(size=(5, 3)), tf.float32)
     upstream = tf.constant(rng.normal(size=(5, 3)), tf.float32)
     plan = dispatch.make_plan(routing(index, gates), 4, capacity)
-    numbers = [*[capacity] * 4, *plan.rows_per_expert, 3]  # 3 dead choices
-    scale_of_row = tf.repeat([1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0, 0.0], numbers)[:, None]
+    if capacity is None:  # 3 dead choices come last.
+        scale_of_row = tf.repeat([1.0, 2.0, 3.0, 4.0, 0.0], [*plan.rows_per_expert, 3])[:, None]
+    else:
+        scale_of_row = tf.constant([1.0, 2.0, 3.0, 4.0])[:, None, None]
     with tf.GradientTape() as tape:
         tape.watch([x, gates])
         rows = dispatch.dispatch(x, plan) * scale_of_row
@@ -96,8 +74,12 @@ def test_gradients_are_dense_and_right(capacity):
     np.testing.assert_allclose(d_gates, scale * inner, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("capacity", [0, 1, 3])
-def test_collect_undoes_the_sort(capacity):
+@pytest.mark.parametrize(
+    ("capacity", "expected"),
+    # With a capacity choices that count for nothing have no row.
+    [(None, [1, 1, 2, 2, 3, 3, 4, 4]), (3, [1, 1, 2, 2, 3, 0, 0, 0])],
+)
+def test_collect_undoes_the_sort(capacity, expected):
     gates = [[0.5, 0.5], [0.9, 0.1], [1, 0], [np.nan, np.nan]]
     plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1], [1, 0]], gates), 3, capacity)
     x = tf.constant([[1.0], [2.0], [3.0], [4.0]])
@@ -106,7 +88,7 @@ def test_collect_undoes_the_sort(capacity):
         rows = dispatch.dispatch(x, plan)
         tape.watch(rows)
         collected = dispatch.collect(rows, plan)
-    np.testing.assert_array_equal(np.ravel(collected), [1, 1, 2, 2, 3, 3, 4, 4])
+    np.testing.assert_array_equal(np.ravel(collected), expected)
     gradient = tape.gradient(collected, rows, output_gradients=upstream)
     assert not isinstance(gradient, tf.IndexedSlices)
     # Choice c gets c, and an empty place, whose choice is 8 = T·K, nothing.

@@ -1,6 +1,9 @@
-"""Functions of every expert's own rows: batched, alone, block by block, and recomputed."""
+"""Products of every expert's own rows in each of the ways there are, and recomputed functions."""
+
+from unittest import mock
 
 import hypothesis
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -8,6 +11,7 @@ from helpers import WIDTH, assert_agrees, examples, random_hierarchical, run, wi
 from hypothesis import strategies as st
 
 from keras_moe import FeedForwardExperts, HierarchicalGating, NoisyTopKGating, SparseMoE, grouped
+from keras_moe.blocks import block_by_block
 
 
 def value_and_gradients(function, *arguments):
@@ -22,87 +26,117 @@ def value_and_gradients(function, *arguments):
 @hypothesis.given(
     rows_per_expert=st.lists(st.integers(0, 6), min_size=1, max_size=5),
     rest=st.integers(0, 3),
-    way=st.sampled_from(
-        [{"static_shapes": True}, {}, *({"capacity": tf.constant(c)} for c in (0, 1, 3, 6))]
-    ),
+    way=st.sampled_from(["batched", "expert by expert", "block by block"]),
 )
 def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(rows_per_expert, rest, way):
-    capacity, num_experts = int(way.get("capacity", 0)), len(rows_per_expert)
+    num_experts = len(rows_per_expert)
     expert = np.repeat(np.arange(num_experts), rows_per_expert)
     rng = np.random.default_rng(0)
-    x, bank = rng.normal(size=(len(expert) + rest, 3)), rng.normal(size=(num_experts, 3, 2))
-    y, d_x, d_bank = np.zeros((len(x), 2)), np.zeros_like(x), np.zeros_like(bank)
+    x, kernel = rng.normal(size=(len(expert) + rest, 3)), rng.normal(size=(num_experts, 3, 2))
+    y, d_x, d_kernel = np.zeros((len(x), 2)), np.zeros_like(x), np.zeros_like(kernel)
     for i, e in enumerate(expert):
-        y[i] = x[i] @ bank[e]
+        y[i] = x[i] @ kernel[e]
         slope = np.cos(y[i])  # of the sum of sin(y)
-        d_x[i], d_bank[e] = bank[e] @ slope, d_bank[e] + np.outer(x[i], slope)
+        d_x[i], d_kernel[e] = kernel[e] @ slope, d_kernel[e] + np.outer(x[i], slope)
 
-    # In the order of `apply`: C places of each expert, -1 where empty, then the others, then the
-    # rest.
-    rows_of = np.split(np.arange(len(x)), np.cumsum(rows_per_expert))
-    places = [[*rows[:capacity], *[-1] * (capacity - len(rows))] for rows in rows_of[:-1]]
-    order = np.concatenate([*places, *(rows[capacity:] for rows in rows_of[:-1]), rows_of[-1]])
-    order = order.astype(int)
-    rows = np.vstack([x, np.zeros((1, 3))])[order].astype("float32")
-    others = np.maximum(np.array(rows_per_expert) - capacity, 0).astype("int32")
-
-    received, (d_rows, d_weights) = value_and_gradients(
-        lambda rows, bank: grouped.apply(tf.matmul, rows, tf.constant(others), [bank], **way),
-        tf.constant(rows),
-        tf.constant(bank, tf.float32),
-    )
-    filled = order >= 0
-    for ours, oracle in (
-        (received.numpy()[filled], y[order[filled]]),
-        (d_rows.numpy()[filled], d_x[order[filled]]),
-        (d_weights, d_bank),
-    ):
+    counts, static_shapes = tf.constant(rows_per_expert), way == "block by block"
+    with mock.patch.object(grouped, "is_even", lambda _: tf.constant(way == "batched")):
+        received, gradients = value_and_gradients(
+            lambda rows, kernel: grouped.product(rows, kernel, counts, static_shapes),
+            tf.constant(x, tf.float32),
+            tf.constant(kernel, tf.float32),
+        )
+    for ours, oracle in zip((received, *gradients), (y, d_x, d_kernel), strict=True):
         assert not isinstance(ours, tf.IndexedSlices)
         np.testing.assert_allclose(ours, oracle, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("rows_per_expert", "capacity"),
-    [
-        # P = 10⁶, so a turn of the loop costs 100 + 2·10⁷/10⁶ = 120 rows.
-        # A few rows: 2 turns, 240 and the 2 rows, against 4·(1 + 50) = 204 in a batch.
-        ([1, 0, 0, 1], 1),
-        # One turn, 121, against the same 204.
-        ([0, 1, 0, 0], 0),
-        # Even: 4·(10 + 50) = 240 against 4·(9 + 50) + 4·20 + 120 + 1.
-        ([9, 10, 9, 9], 10),
-        # One above the others: 4·(50 + 50) = 400 against 4·(9 + 50) + 4·20 + 120 + 41 = 477, where
-        # 4·20 is for adding the loop's gradients to the batch's.
-        ([9, 50, 9, 9], 50),
-        # One far above the others: 4·(9 + 50) + 4·20 + 120 + 991 = 1427 against 4·(1000 + 50).
-        ([9, 1000, 8, 9], 9),
-        ([0, 0, 0, 0], 0),
-    ],
-)
-def test_even_capacity_weighs_the_batch_against_the_loop(rows_per_expert, capacity, monkeypatch):
-    assert grouped.even_capacity(tf.constant(rows_per_expert), 1_000_000) == 0  # so few experts
-    monkeypatch.setattr(grouped, "MOST_PIECES", 3)
-    assert grouped.even_capacity(tf.constant(rows_per_expert), 1_000_000) == capacity
+@pytest.mark.parametrize("even", [True, False])
+def test_a_row_that_is_not_finite_spoils_its_own_expert_alone(even, monkeypatch):
+    monkeypatch.setattr(grouped, "is_even", lambda _: tf.constant(even))
+    rows, kernel = np.ones((4, 2), "float32"), tf.ones((3, 2, 2))
+    rows[2] = np.nan  # of expert 1, whose neighbours have more places than rows in a batch
+    y, (d_rows, d_kernel) = value_and_gradients(
+        lambda rows, kernel: grouped.product(rows, kernel, tf.constant([1, 2, 1])),
+        tf.constant(rows),
+        kernel,
+    )
+    for ours in (y, d_rows):
+        np.testing.assert_array_equal(np.isnan(ours).any(axis=1), [False, False, True, False])
+    np.testing.assert_array_equal(np.isnan(d_kernel).any(axis=(1, 2)), [False, True, False])
 
 
 @pytest.mark.parametrize(
-    ("rows_per_expert", "capacity"),
+    ("rows_per_expert", "even"),
     [
-        # P = 10⁶, so a turn costs 60 + 4.5·10⁶/10⁶ = 64.5 rows. Three turns, 193.5 and the 3 rows,
-        # against 4·(1 + 50) = 204 in a batch.
-        ([1, 1, 0, 1], 0),
-        # Even: four turns, 258 and 40, against 4·(10 + 50) = 240.
-        ([10, 10, 10, 10], 10),
-        # Six turns, 387 and 245, against 6·(9 + 50) = 354 and one turn, 64.5 and 191.
-        ([9, 9, 9, 200, 9, 9], 9),
+        ([64, 60, 87, 45], True),  # 1.2·87 = 104.4, and 64 + 50 = 114
+        ([64, 60, 100, 32], False),  # 120, and 64 + 50
+        ([0, 0, 0, 50], True),  # few rows: 60, and 12.5 + 50
+        ([500, 540, 510, 498], False),  # many: 648, and 512 + 50
+        ([0, 0, 0, 0], True),
     ],
 )
-def test_even_capacity_finds_the_loop_cheaper_without_gradients(
-    rows_per_expert, capacity, monkeypatch
-):
-    monkeypatch.setattr(grouped, "MOST_PIECES", 3)
-    rows = tf.constant(rows_per_expert)
-    assert grouped.even_capacity(rows, 1_000_000, training=False) == capacity
+def test_even_are_loads_whose_places_cost_less_than_copies(rows_per_expert, even):
+    assert bool(grouped.is_even(tf.constant(rows_per_expert))) == even
+
+
+def test_parameters_of_rows_and_their_gradient():
+    bank, counts = tf.constant([[1.0], [2.0], [3.0]]), tf.constant([2, 0, 1])
+    with tf.GradientTape() as tape:
+        tape.watch(bank)
+        y = grouped.of_rows(bank, counts, 5)
+    np.testing.assert_array_equal(y, [[1], [1], [3], [0], [0]])  # Two rows of no expert.
+    upstream = tf.constant([[1.0], [10.0], [100.0], [np.nan], [1000.0]])
+    gradient = tape.gradient(y, bank, output_gradients=upstream)
+    np.testing.assert_array_equal(gradient, [[11], [0], [100]])
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("mask", [None, np.arange(24) % 4 > 0])
+def test_a_layer_agrees_with_the_oracle_either_way(mask, even, monkeypatch):
+    monkeypatch.setattr(grouped, "is_even", lambda _: tf.constant(even))
+    layer = SparseMoE(5, [4, 3], k=2, activation="swiglu", use_bias=True, seed=5)
+    assert_agrees(with_random_weights(layer), examples(), training=True, mask=mask)
+    layer = random_hierarchical(
+        3, 4, 5, k=(2, 2), seed=5
+    )  # The secondary gating has products, too.
+    assert_agrees(layer, examples(), training=True, mask=mask)
+
+
+@pytest.mark.parametrize("policy", ["float64", "bfloat16", "mixed_float16"])
+def test_both_ways_compute_in_the_dtype_of_the_layer(policy, monkeypatch):
+    def answer(even):
+        monkeypatch.setattr(grouped, "is_even", lambda _: tf.constant(even))
+        gating = NoisyTopKGating(5, k=2, noise=False)
+        layer = SparseMoE(5, 4, gating=gating, use_bias=True, recompute=True, dtype=policy)
+        with_random_weights(layer)
+        weights = [weight.value for weight in layer.experts.trainable_weights]
+        x = keras.ops.cast(examples(), layer.compute_dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        assert y.dtype == layer.compute_dtype
+        gradients = tape.gradient(y, [x, *weights], output_gradients=tf.ones_like(y))
+        return [np.asarray(value, "float64") for value in (y, *gradients)]
+
+    # Sums in another order: as far apart as the rounding of the dtype.
+    unit = {"float64": 1e-13, "bfloat16": 2e-2, "mixed_float16": 3e-3}[policy]
+    for batched, looped in zip(answer(True), answer(False), strict=True):
+        np.testing.assert_allclose(looped, batched, rtol=unit, atol=unit * np.abs(batched).max())
+
+
+def test_the_weights_of_other_experts_are_left_alone():
+    layer = SparseMoE(80, 512, k=2)
+    layer.build((None, 256))
+    layer.gating.gate_kernel.assign(np.random.default_rng(0).normal(size=(256, 80)))
+    x = np.random.default_rng(1).normal(size=(2, 256)).astype("float32")
+    sound = layer(x)
+    chosen = np.unique(layer.route(x).expert_index)
+    for kernel in layer.experts.kernels:
+        poisoned = np.full(kernel.shape, np.nan, "float32")
+        poisoned[chosen] = kernel.numpy()[chosen]
+        kernel.assign(poisoned)
+    np.testing.assert_array_equal(layer(x), sound)
 
 
 def test_blocks_cost_at_most_twice_the_rows():
@@ -113,13 +147,8 @@ def test_blocks_cost_at_most_twice_the_rows():
         return tf.matmul(rows, bank)
 
     for rows_per_expert in ([16, 0, 0, 0], [4, 4, 4, 4], [1, 1, 1, 13], [0, 5, 5, 6]):
-        grouped.apply(
-            recording,
-            tf.ones((16, 3)),
-            tf.constant(rows_per_expert),
-            [tf.ones((4, 3, 2))],
-            static_shapes=True,
-        )
+        rows, kernel = tf.ones((16, 3)), tf.ones((4, 3, 2))
+        block_by_block(recording, rows, tf.constant(rows_per_expert), [kernel])
     # Blocks of 16/4 rows: 4 for the rows, 3 more that up to 4 experts leave open. 28 rows, whatever
     # the distribution, as XLA needs it.
     assert sizes == [28] * 4

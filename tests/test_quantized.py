@@ -8,7 +8,7 @@ from helpers import EVERY_LAYER, WIDTH, examples, with_random_weights
 from keras.ops import convert_to_numpy as numpy
 
 import keras_moe
-from keras_moe import FeedForwardExperts, grouped
+from keras_moe import FeedForwardExperts
 
 
 def quantized(make, **options):
@@ -43,10 +43,8 @@ def test_each_output_of_each_expert_has_a_scale():
     assert [w.name for w in bank.trainable_weights] == ["bias_0", "bias_1", "bias_2"]
 
 
-@pytest.mark.parametrize("pieces", [64, 3], ids=["piece by piece", "in a loop"])
 @pytest.mark.parametrize("name", EVERY_LAYER)
-def test_a_layer_computes_with_what_the_integers_stand_for(name, pieces, monkeypatch):
-    monkeypatch.setattr(grouped, "MOST_PIECES", pieces)
+def test_a_layer_computes_with_what_the_integers_stand_for(name):
     options = {"use_bias": True, "activation": "swiglu", "num_shared_experts": 1}
     layer, twin = quantized(EVERY_LAYER[name], **options)
     for number in (0, 1, 24):
@@ -66,8 +64,7 @@ def test_it_computes_in_bfloat16_too():
     )
 
 
-def test_other_experts_are_not_read(monkeypatch):
-    monkeypatch.setattr(grouped, "MOST_PIECES", 3)
+def test_other_experts_are_not_read():
     layer, _ = quantized(EVERY_LAYER["noisy_top_k"])
     for number in (1, 2):
         x = examples(number)
@@ -113,9 +110,7 @@ def test_experts_are_pruned_as_they_are():
     np.testing.assert_allclose(pruned(examples()), expected(examples()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [64, 3])
-def test_training_is_refused(pieces, monkeypatch):
-    monkeypatch.setattr(grouped, "MOST_PIECES", pieces)
+def test_training_is_refused():
     layer, _ = quantized(EVERY_LAYER["noisy_top_k"])
     model = keras.Sequential([keras.Input((WIDTH,)), keras.layers.Dense(WIDTH), layer])
     model.compile("sgd", "mse")
