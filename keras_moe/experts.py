@@ -81,6 +81,8 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         rows: Float tensor [M, D], sorted by expert, or [N, C, D].
         rows_per_expert: int32 [N], their sum at most M; `None` with [N, C, D].
         experts: int32 [K], K known, experts for each of which `rows` is the same example [1, D].
+        training: Whether there will be a backward pass; without, it can be had all the same, but
+            computes the hidden activations again.
 
     Returns:
         Float tensor [M, output_dim], [N, C, output_dim] or [K, output_dim] in the compute dtype.
@@ -160,20 +162,28 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         for variable in (*self.kernels, *self.biases):
             variable.expert_rank = len(variable.shape) - 1  # By it optimizers know them.
 
-    def call(self, rows, rows_per_expert=None, experts=None):
+    def call(self, rows, rows_per_expert=None, experts=None, training=None):
         scales = [ops.squeeze(scale, axis=1) for scale in self.scales]
-        banks = [*self.kernels, *scales, *self.biases]
+        banks = [ops.convert_to_tensor(bank) for bank in (*self.kernels, *scales, *self.biases)]
         if experts is not None:
             return grouped.one_example(self._feed_forward, rows, experts, banks)
-        in_blocks = rows_per_expert is not None and self.static_shapes
-        function = functools.partial(
-            self._feed_forward, rows_per_expert=None if in_blocks else rows_per_expert
-        )
-        if self.recompute:
-            function = grouped.recomputed(function)
-        if in_blocks:
+        if rows_per_expert is None or self.static_shapes:
+            function = self._feed_forward
+            if self.recompute:
+                function = grouped.recomputed(function)
+            if rows_per_expert is None:
+                return function(rows, *banks)
             return block_by_block(function, rows, rows_per_expert, banks)
+        function = functools.partial(self._feed_forward, rows_per_expert=rows_per_expert)
+        if not training or self.recompute:
+            function = grouped.recomputed(function, forward=self._in_one_loop(rows_per_expert))
         return function(rows, *banks)
+
+    def _in_one_loop(self, rows_per_expert):
+        width = self.kernels[-1].shape[-1]
+        return lambda rows, *banks: grouped.apply(
+            self._feed_forward, rows, rows_per_expert, banks, width
+        )
 
     def _feed_forward(self, rows, *parameters, rows_per_expert=None):
         """One expert on its rows [M, D], G of them on theirs [G, M, D], or all on sorted rows."""
