@@ -21,6 +21,7 @@ from keras_moe.blocks import block_by_block
 from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.initializers import PerExpert
 from keras_moe.quantized import Int8Kernels
+from keras_moe.recomputation import recomputed
 from keras_moe.saving import CheckedVariables
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
@@ -170,13 +171,14 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         if rows_per_expert is None or self.static_shapes:
             function = self._feed_forward
             if self.recompute:
-                function = grouped.recomputed(function)
+                function = recomputed(function)
             if rows_per_expert is None:
                 return function(rows, *banks)
             return block_by_block(function, rows, rows_per_expert, banks)
         function = functools.partial(self._feed_forward, rows_per_expert=rows_per_expert)
-        if not training or self.recompute:
-            function = grouped.recomputed(function, forward=self._in_one_loop(rows_per_expert))
+        in_one_loop = self._in_one_loop(rows_per_expert) if grouped.loops_are_cheap() else None
+        if self.recompute or (in_one_loop and not training):
+            function = recomputed(function, in_one_loop)
         return function(rows, *banks)
 
     def _in_one_loop(self, rows_per_expert):

@@ -9,11 +9,11 @@ How many rows each expert has depends on the data. Three ways to live with that:
 * Block by block (`blocks.py`): only here the shapes don't depend on the data, as XLA and TPUs need
   it, at up to twice the operations.
 
-Results and gradients of the rows are computed expert by expert, gradients of the matrices batched:
-these are as large as all matrices, and a loop's would have to be put together by one more copy.
-Only where the empty places would cost more than that copy is it a loop, too.
-
-Measured with 2 cores, TensorFlow 2.21: benchmarks/README.md.
+On CPUs results and gradients of the rows are computed expert by expert. Gradients of the matrices
+are batched, as those of a loop would have to be put together by one more copy, as large as all
+matrices. On GPUs, where it takes longer to start a small product than to compute it, all is
+batched. Wherever the load is so uneven that empty places would cost more than the loop, it is a
+loop after all.
 """
 
 import tensorflow as tf
@@ -46,22 +46,13 @@ def product(rows, kernel, rows_per_expert, static_shapes=False):
 
     @tf.custom_gradient
     def multiply(rows, kernel):
-        def times(piece, expert):
-            return tf.matmul(piece, tf.cast(kernel[expert], rows.dtype))
-
-        def times_transposed(piece, expert):
-            # As a batch of one: the other product of TensorFlow (2.21, on CPUs) takes twice as long
-            # with a transposed matrix and few rows.
-            matrix = tf.cast(kernel[expert], rows.dtype)
-            return tf.matmul(piece[None], matrix[None], transpose_b=True)[0]
-
         def gradient(upstream):
             return (
-                _expert_by_expert(times_transposed, upstream, rows_per_expert, rows.shape[-1]),
+                _times(upstream, kernel, rows_per_expert, transposed=True),
                 tf.cast(_gradient_of_kernel(rows, upstream, rows_per_expert), kernel.dtype),
             )
 
-        return _expert_by_expert(times, rows, rows_per_expert, kernel.shape[-1]), gradient
+        return _times(rows, kernel, rows_per_expert), gradient
 
     return multiply(rows, kernel)
 
@@ -89,6 +80,11 @@ def apply(function, rows, rows_per_expert, banks, width):
     )
 
 
+def loops_are_cheap():
+    """Whether small operations are worth starting one by one: not on GPUs."""
+    return not tf.config.list_logical_devices("GPU")
+
+
 def is_even(rows_per_expert):
     """Whether a batch with places for the largest number of rows is estimated to be faster.
 
@@ -113,10 +109,8 @@ def of_rows(bank, rows_per_expert, num_rows):
     Returns:
         Float tensor [M, F].
     """
-    num_experts = rows_per_expert.shape[0]
-    rest = num_rows - tf.reduce_sum(rows_per_expert)
-    expert = tf.repeat(tf.range(num_experts + 1), tf.concat([rows_per_expert, rest[None]], axis=0))
-    return spread(tf.pad(bank, [[0, 1], [0, 0]]), expert)
+    table = tf.pad(bank, [[0, 1], [0, 0]])  # Row N is for rows of no expert.
+    return spread(table, _expert_of_row(rows_per_expert, num_rows))
 
 
 def one_example(function, x, experts, banks):
@@ -157,32 +151,6 @@ def one_example(function, x, experts, banks):
     return call(x, *map(tf.convert_to_tensor, banks))
 
 
-def recomputed(function, forward=None):
-    """Makes the backward pass of a function compute it again instead of storing what is inside.
-
-    Args:
-        function: Of float tensors or variables; its result is one float tensor.
-        forward: Function that computes the same results another way, for the forward pass.
-
-    Returns:
-        A function with the same results and gradients, that keeps its arguments alone.
-    """
-
-    @tf.custom_gradient
-    def call(first, *others):
-        def gradient(upstream):
-            with tf.GradientTape() as tape:
-                arguments = [_after(upstream, first), *map(tf.identity, others)]
-                tape.watch(arguments)
-                again = function(*arguments)
-            return tape.gradient(again, arguments, upstream)
-
-        return (forward or function)(first, *others), gradient
-
-    # Not variables: a custom gradient would have to answer for each that it reads.
-    return lambda *arguments: call(*map(tf.convert_to_tensor, arguments))
-
-
 def split(rows, rows_per_expert):
     """Cuts sorted rows into one piece per expert.
 
@@ -213,6 +181,55 @@ def join(pieces, rest):
     return tf.concat([*pieces, zeros], axis=0)
 
 
+def _times(rows, kernel, rows_per_expert, transposed=False):
+    """Each row times its expert's matrix, or the transposed one; zeros behind the last expert's."""
+
+    def batched():
+        places = _in_places(rows, rows_per_expert)
+        y = tf.matmul(places, tf.cast(kernel, rows.dtype), transpose_b=transposed)
+        return _from_places(y, rows_per_expert, tf.shape(rows)[0])
+
+    def expert_by_expert():
+        def of_expert(piece, expert):
+            matrix = tf.cast(kernel[expert], rows.dtype)
+            if not transposed:
+                return tf.matmul(piece, matrix)
+            # As a batch of one: TensorFlow's other product (2.21, on CPUs) takes twice as long with
+            # few rows and a transposed matrix.
+            return tf.matmul(piece[None], matrix[None], transpose_b=True)[0]
+
+        width = kernel.shape[-2 if transposed else -1]
+        return _expert_by_expert(of_expert, rows, rows_per_expert, width)
+
+    if loops_are_cheap():
+        return expert_by_expert()
+    return tf.cond(is_even(rows_per_expert), batched, expert_by_expert)
+
+
+def _gradient_of_kernel(rows, upstream, rows_per_expert):
+    """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
+    ends = tf.cumsum(rows_per_expert)
+
+    def batched():
+        places = [_in_places(x, rows_per_expert) for x in (rows, upstream)]
+        return tf.matmul(*places, transpose_a=True)
+
+    def expert_by_expert():
+        def of_expert(i):
+            pieces = [_piece(x, i, rows_per_expert, ends) for x in (rows, upstream)]
+            return tf.matmul(*pieces, transpose_a=True)
+
+        shape = [rows.shape[-1], upstream.shape[-1]]
+        return tf.map_fn(
+            of_expert,
+            tf.range(rows_per_expert.shape[0]),
+            parallel_iterations=10,  # as in any other graph; outside of one TensorFlow says 1
+            fn_output_signature=tf.TensorSpec(shape, rows.dtype),
+        )
+
+    return tf.cond(is_even(rows_per_expert), batched, expert_by_expert)
+
+
 def _expert_by_expert(function, rows, rows_per_expert, width):
     """function(rows of an expert, its index) of each that has rows; zeros behind their rows."""
     experts = tf.cast(tf.where(rows_per_expert > 0)[:, 0], tf.int32)
@@ -230,48 +247,30 @@ def _expert_by_expert(function, rows, rows_per_expert, width):
     return y
 
 
-def _gradient_of_kernel(rows, upstream, rows_per_expert):
-    """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
-    num_experts, most = rows_per_expert.shape[0], tf.reduce_max(rows_per_expert)
-    ends = tf.cumsum(rows_per_expert)
-
-    def batched():
-        place = tf.range(most)
-        filled = place < rows_per_expert[:, None]
-        row = tf.where(filled, (ends - rows_per_expert)[:, None] + place, -1)
-        # Zeros where there is no row -1: neither operand may have a NaN there.
-        places = [
-            tf.gather_nd(x, row[..., None], bad_indices_policy="IGNORE") for x in (rows, upstream)
-        ]
-        return tf.matmul(*places, transpose_a=True)
-
-    def expert_by_expert():
-        def of_expert(i):
-            pieces = [_piece(x, i, rows_per_expert, ends) for x in (rows, upstream)]
-            return tf.matmul(*pieces, transpose_a=True)
-
-        shape = [rows.shape[-1], upstream.shape[-1]]
-        return tf.map_fn(
-            of_expert,
-            tf.range(num_experts),
-            parallel_iterations=10,  # as in any other graph; outside of one TensorFlow says 1
-            fn_output_signature=tf.TensorSpec(shape, rows.dtype),
-        )
-
-    return tf.cond(is_even(rows_per_expert), batched, expert_by_expert)
-
-
 def _piece(rows, expert, rows_per_expert, ends):
     return rows[ends[expert] - rows_per_expert[expert] : ends[expert]]
 
 
-def _after(upstream, x):
-    """`x`, in a graph not to be had before `upstream`.
+def _in_places(rows, rows_per_expert):
+    """[N, C, D], with a place for each row of the fullest expert; zeros in empty places."""
+    place = tf.range(tf.reduce_max(rows_per_expert))
+    first = tf.cumsum(rows_per_expert, exclusive=True)
+    row = tf.where(place < rows_per_expert[:, None], first[:, None] + place, -1)
+    return tf.gather_nd(rows, row[..., None], bad_indices_policy="IGNORE")
 
-    Otherwise the optimizer of the graph sees that the second computation equals the first, and
-    keeps the first one's results. XLA ignores control dependencies, so the value has to depend.
-    """
-    if tf.executing_eagerly():
-        return tf.identity(x)
-    some = tf.reduce_max(tf.reshape(upstream, [-1])[:1])  # -inf where there is no element
-    return x + tf.cast(tf.abs(some) < 0, x.dtype)  # False, also for NaN; compilers don't know that
+
+def _from_places(places, rows_per_expert, num_rows):
+    """Undoes it; zeros behind the last expert's rows."""
+    expert = _expert_of_row(rows_per_expert, num_rows)
+    ends = tf.cumsum(tf.pad(rows_per_expert, [[1, 1]]))  # 0 first, and once more for the rest
+    rank = tf.range(num_rows) - tf.gather(ends, expert)
+    expert = tf.where(expert < rows_per_expert.shape[0], expert, -1)
+    place = tf.stack([expert, rank], axis=1)
+    return tf.gather_nd(places, place, bad_indices_policy="IGNORE")
+
+
+def _expert_of_row(rows_per_expert, num_rows):
+    """int32 [M]; N for the rows behind those of the experts."""
+    rest = num_rows - tf.reduce_sum(rows_per_expert)
+    numbers = tf.concat([rows_per_expert, rest[None]], axis=0)
+    return tf.repeat(tf.range(rows_per_expert.shape[0] + 1), numbers)

@@ -281,3 +281,12 @@ def call_and_gradients(layer, x, *, training, mask=None):
     gradients = tape.gradient(total, [x, *weights], unconnected_gradients="zero")
     assert not any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients)
     return y, loss_values, gradients
+
+
+def value_and_gradients(function, *arguments):
+    """The function's value, and the gradients of the sum of its sine."""
+    with tf.GradientTape() as tape:
+        tape.watch(arguments)
+        y = function(*arguments)
+        total = tf.reduce_sum(tf.sin(y))
+    return y, tape.gradient(total, arguments)
