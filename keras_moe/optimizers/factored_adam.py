@@ -121,22 +121,10 @@ class FactoredAdam(keras.optimizers.Optimizer):
         self.assign_sub(variable, alpha * gradient / (ops.sqrt(slots["velocity"]) + self.epsilon))
 
     def _update_factored(self, gradient, variable, alpha, row_means, column_means):
-        *batch, rows, columns = variable.shape  # That of a sum of slices may be unknown.
-        squares = ops.square(gradient)
-        # Means as products with ones: TensorFlow multiplies matrices faster than it reduces them.
-        over_columns = ops.matmul(squares, ops.ones((*batch, columns, 1), squares.dtype))[..., 0]
-        over_rows = ops.matmul(ops.ones((*batch, 1, rows), squares.dtype), squares)[..., 0, :]
-        self._average(row_means, over_columns / columns, self.beta_2)
-        self._average(column_means, over_rows / rows, self.beta_2)
-
-        # The root of an outer product is that of its vectors. These are divided by alpha as well,
-        # which needs no pass over the matrices; where a schedule begins at 0, by next to nothing.
-        alpha = ops.where(alpha == 0, 1e-30, alpha)
-        mean = ops.mean(row_means, axis=-1, keepdims=True)  # 0 where no example ever came
-        by_row = ops.sqrt(ops.divide_no_nan(row_means, mean)) / alpha
-        by_column = ops.sqrt(column_means)
-        divisor = by_row[..., None] * by_column[..., None, :] + self.epsilon / alpha
-        self.assign_sub(variable, gradient / divisor)
+        slots = map(tf.convert_to_tensor, (row_means, column_means))
+        changes = _factored_changes(gradient, *slots, alpha, self.beta_2, self.epsilon)
+        for changed, change in zip((row_means, column_means, variable), changes, strict=True):
+            self.assign_add(changed, change)
 
     def _average(self, slot, value, beta):
         self.assign_add(slot, (value - slot) * (1 - beta))
@@ -149,6 +137,30 @@ class FactoredAdam(keras.optimizers.Optimizer):
             "epsilon": self.epsilon,
             "expert_parameters": self.expert_parameters,
         }
+
+
+# Compiled, as an operation after the other would move twice as many bytes.
+@tf.function(jit_compile=True, autograph=False)
+def _factored_changes(gradient, row_means, column_means, alpha, beta_2, epsilon):
+    """What is to be added to the means and to the variable."""
+    squares = ops.square(gradient)
+    *batch, rows = row_means.shape
+    columns = column_means.shape[-1]
+    # Means as products with ones: TensorFlow multiplies matrices faster than it reduces them.
+    over_columns = ops.matmul(squares, ops.ones((*batch, columns, 1), squares.dtype))[..., 0]
+    over_rows = ops.matmul(ops.ones((*batch, 1, rows), squares.dtype), squares)[..., 0, :]
+    row_change = (over_columns / columns - row_means) * (1 - beta_2)
+    column_change = (over_rows / rows - column_means) * (1 - beta_2)
+    row_means, column_means = row_means + row_change, column_means + column_change
+
+    # The root of an outer product is that of its vectors. These are divided by alpha as well,
+    # which needs no pass over the matrices; where a schedule begins at 0, by next to nothing.
+    alpha = ops.where(alpha == 0, 1e-30, alpha)
+    mean = ops.mean(row_means, axis=-1, keepdims=True)  # 0 where no example ever came
+    by_row = ops.sqrt(ops.divide_no_nan(row_means, mean)) / alpha
+    by_column = ops.sqrt(column_means)
+    divisor = by_row[..., None] * by_column[..., None, :] + epsilon / alpha
+    return row_change, column_change, -gradient / divisor
 
 
 def _slot_dtype(variable):
