@@ -91,16 +91,14 @@ class CountedExperts(FeedForwardExperts):
         super().__init__(*args, **kwargs)
         self.on_rows = on_rows
 
-    def call(self, rows, rows_per_expert=None, capacity=0, experts=None):
-        def note(rows, rows_per_expert, capacity):
-            in_places = (
-                rows.size // rows.shape[-1] if rows.ndim == 3 else capacity * EXPERTS_PER_REPLICA
-            )
+    def call(self, rows, rows_per_expert=None, experts=None, training=None):
+        def note(rows, rows_per_expert):
+            in_places = rows.size // rows.shape[-1] if rows.ndim == 3 else 0
             self.on_rows(int(in_places + rows_per_expert.sum()))
 
         counts = tf.zeros([1], tf.int32) if rows_per_expert is None else rows_per_expert
-        rows = noted(note, rows, counts, capacity)
-        return super().call(rows, rows_per_expert, capacity, experts)
+        rows = noted(note, rows, counts)
+        return super().call(rows, rows_per_expert, experts, training)
 
 
 _numbers = itertools.count()

@@ -18,7 +18,7 @@ from helpers import (
 from hypothesis import strategies as st
 from keras.ops import convert_to_numpy as numpy
 
-from keras_moe import SparseMoE
+from keras_moe import NoisyTopKGating, SparseMoE
 
 HIDDEN = 5
 
@@ -81,26 +81,27 @@ def test_any_shape_agrees_with_the_oracle(data):
     np.testing.assert_allclose(routing.importance, expected.importance, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_experts", [16, 65])
-def test_how_many_rows_experts_compute(num_experts):
+@pytest.mark.parametrize("training", [True, False])
+def test_experts_compute_their_own_rows_alone(training):
     computed = []
 
     def recording_relu(z):
         computed.append(z.shape[:-1])
         return keras.ops.relu(z)
 
-    layer = SparseMoE(num_experts, 8, k=3, activation=recording_relu)
+    gating = NoisyTopKGating(16, k=3, noise=False)
+    layer = SparseMoE(16, 8, gating=gating, activation=recording_relu)
     x = np.random.default_rng(0).normal(size=(5, 10, WIDTH))
     mask = np.arange(50).reshape(5, 10) < 37
     layer.build(x.shape)
     assign_random_weights(layer, np.random.default_rng(1))
-    layer(x, mask=mask)
+    layer(x, training=training, mask=mask)
     load = layer.route(x, mask=mask).load
     assert sum(load) == 37 * 3  # each example that isn't masked, once per choice
-    if num_experts <= 64:  # A product each, of just its rows.
-        assert computed == [(int(rows),) for rows in load]
-    else:  # One product. The experts are too small for a loop, of 2·10⁷ multiply-adds a turn.
-        assert computed == [(num_experts, int(max(load)))]
+    if training:  # All rows at once; those of choices that don't count are zeros.
+        assert computed == [(50 * 3,)]
+    else:  # From expert to expert, of those that have rows.
+        assert computed == [(int(rows),) for rows in load if rows > 0]
 
 
 def test_ties_go_to_the_lowest_index():
