@@ -47,10 +47,11 @@ def product(rows, kernel, rows_per_expert, static_shapes=False):
     @tf.custom_gradient
     def multiply(rows, kernel):
         def gradient(upstream):
-            return (
-                _times(upstream, kernel, rows_per_expert, transposed=True),
-                tf.cast(_gradient_of_kernel(rows, upstream, rows_per_expert), kernel.dtype),
-            )
+            of_kernel = _gradient_of_kernel(rows, upstream, rows_per_expert)
+            # Not before `rows`, which may be recomputed: both at a time would take more memory.
+            with tf.control_dependencies([rows]):
+                of_rows = _times(upstream, kernel, rows_per_expert, transposed=True)
+            return of_rows, tf.cast(of_kernel, kernel.dtype)
 
         return _times(rows, kernel, rows_per_expert), gradient
 
