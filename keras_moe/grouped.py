@@ -93,10 +93,12 @@ def is_even(rows_per_expert):
         rows_per_expert: int32 [N].
 
     Returns:
-        Boolean scalar: whether 1.2 times the largest number is at most the mean and 50.
+        Boolean scalar: whether there are rows, and 1.2 times the largest number is at most the mean
+        and 50.
     """
     rows = tf.cast(rows_per_expert, tf.float32)
-    return _PLACE * tf.reduce_max(rows) <= tf.reduce_mean(rows) + _COPY
+    most = tf.reduce_max(rows)
+    return tf.logical_and(most > 0, _PLACE * most <= tf.reduce_mean(rows) + _COPY)
 
 
 def of_rows(bank, rows_per_expert, num_rows):
