@@ -93,8 +93,8 @@ def is_even(rows_per_expert):
         rows_per_expert: int32 [N].
 
     Returns:
-        Boolean scalar: whether there are rows, and 1.2 times the largest number is at most the mean
-        and 50.
+        Boolean scalar: whether there are rows, and 1.2 times the largest number is at most 50 more
+        than the mean.
     """
     rows = tf.cast(rows_per_expert, tf.float32)
     most = tf.reduce_max(rows)
@@ -226,7 +226,6 @@ def _gradient_of_kernel(rows, upstream, rows_per_expert):
         return tf.map_fn(
             of_expert,
             tf.range(rows_per_expert.shape[0]),
-            parallel_iterations=10,  # as in any other graph; outside of one TensorFlow says 1
             fn_output_signature=tf.TensorSpec(shape, rows.dtype),
         )
 
@@ -263,7 +262,7 @@ def _in_places(rows, rows_per_expert):
 
 
 def _from_places(places, rows_per_expert, num_rows):
-    """Undoes it; zeros behind the last expert's rows."""
+    """Undoes `_in_places`; zeros behind the last expert's rows."""
     expert = _expert_of_row(rows_per_expert, num_rows)
     ends = tf.cumsum(tf.pad(rows_per_expert, [[1, 1]]))  # 0 first, and once more for the rest
     rank = tf.range(num_rows) - tf.gather(ends, expert)
