@@ -138,3 +138,31 @@ def test_the_weights_of_other_experts_are_left_alone():
         poisoned[chosen] = kernel.numpy()[chosen]
         kernel.assign(poisoned)
     np.testing.assert_array_equal(layer(x), sound)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_have_gradients(training, in_graph):
+    gating = NoisyTopKGating(5, k=2, noise=False)
+    layer = SparseMoE(5, 4, gating=gating, activation="tanh", dtype="float64")
+    with_random_weights(layer)
+    x = tf.constant(examples(), tf.float64)
+    direction = tf.constant(np.random.default_rng(1).normal(size=x.shape))
+
+    def penalty(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(layer(x, training=training) ** 2)
+        return tf.reduce_sum(tape.gradient(total, x) ** 2)
+
+    def slope(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = penalty(x)
+        return tf.reduce_sum(tape.gradient(value, x) * direction)
+
+    # The central difference errs by the square of its step, times a third derivative.
+    step = 1e-4
+    expected = (penalty(x + step * direction) - penalty(x - step * direction)) / (2 * step)
+    received = (tf.function(slope) if in_graph else slope)(x)
+    np.testing.assert_allclose(received, expected, rtol=1e-4)
