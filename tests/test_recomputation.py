@@ -68,3 +68,23 @@ def test_a_layer_that_recomputes_gives_the_same(factor, way):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
     if way == "eager":
         assert_agrees(recomputing, examples(), training=True, mask=mask)
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_layer_computes_hidden_activations_again_if_it_is_told_to(recompute, factor):
+    calls = []
+
+    def counted(z):
+        calls.append(1)
+        return tf.nn.relu(z)
+
+    layer = SparseMoE(5, 4, k=2, activation=counted, recompute=recompute, capacity_factor=factor)
+    with_random_weights(layer)
+    x = tf.constant(examples())
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x, training=True)
+    before = len(calls)
+    tape.gradient(y, x)
+    assert len(calls) - before == int(recompute)
