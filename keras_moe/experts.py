@@ -168,17 +168,16 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         banks = [ops.convert_to_tensor(bank) for bank in (*self.kernels, *scales, *self.biases)]
         if experts is not None:
             return grouped.one_example(self._feed_forward, rows, experts, banks)
-        if rows_per_expert is None or self.static_shapes:
-            function = self._feed_forward
-            if self.recompute:
-                function = recomputed(function)
-            if rows_per_expert is None:
-                return function(rows, *banks)
-            return block_by_block(function, rows, rows_per_expert, banks)
-        function = functools.partial(self._feed_forward, rows_per_expert=rows_per_expert)
-        in_one_loop = self._in_one_loop(rows_per_expert) if grouped.loops_are_cheap() else None
+        in_blocks = rows_per_expert is not None and self.static_shapes
+        function, in_one_loop = self._feed_forward, None
+        if rows_per_expert is not None and not in_blocks:
+            function = functools.partial(self._feed_forward, rows_per_expert=rows_per_expert)
+            if grouped.loops_are_cheap():
+                in_one_loop = self._in_one_loop(rows_per_expert)
         if self.recompute or (in_one_loop and not training):
             function = recomputed(function, in_one_loop)
+        if in_blocks:
+            return block_by_block(function, rows, rows_per_expert, banks)
         return function(rows, *banks)
 
     def _in_one_loop(self, rows_per_expert):

@@ -68,6 +68,15 @@ def with_random_weights(layer, width=WIDTH, seed=0, scale=1.0):
     return layer
 
 
+def spoil_other_experts(layer, x):
+    """Fills the kernels of all experts that `x` is not sent to with NaN."""
+    chosen = np.unique(layer.route(x).expert_index)
+    for kernel in layer.experts.kernels:
+        spoilt = np.full(kernel.shape, np.nan, "float32")
+        spoilt[chosen] = numpy(kernel)[chosen]
+        kernel.assign(spoilt)
+
+
 def random_hierarchical(*args, **kwargs):
     return with_random_weights(HierarchicalMoE(*args, **kwargs))
 

@@ -139,7 +139,7 @@ class FactoredAdam(keras.optimizers.Optimizer):
         }
 
 
-# Compiled, as an operation after the other would move twice as many bytes.
+# Compiled, as one operation after the other would move twice as many bytes.
 @tf.function(jit_compile=True, autograph=False)
 def _factored_changes(gradient, row_means, column_means, alpha, beta_2, epsilon):
     """What is to be added to the means and to the variable."""
