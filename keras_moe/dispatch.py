@@ -78,31 +78,30 @@ def make_plan(routing, num_experts, capacity=None):
     # Not `gates == 0`: an example with NaN gates reaches no expert either.
     expert = tf.where(routing.gates > 0, routing.expert_index, num_experts)
     expert = tf.reshape(tf.transpose(expert), [-1])  # all first choices, then all second ones, …
-    rank, counts = ranks(expert, num_experts + 1)
+    order, row, counts = _sort(expert, num_experts + 1)
     if capacity is None:
-        num_rows, rows_per_expert, kept, fraction_dropped = num_choices, counts[:-1], None, None
-        row = position = tf.gather(tf.cumsum(counts, exclusive=True), expert) + rank
+        position, rows_per_expert, kept, fraction_dropped = row, counts[:-1], None, None
     else:
-        num_rows, rows_per_expert = num_experts * capacity, None
+        rank, num_rows = _rank(row, expert, counts), num_experts * capacity
         has_place = tf.logical_and(rank < capacity, expert < num_experts)
-        kept = _per_example(has_place, k)
-        beyond = tf.maximum(counts[:-1] - capacity, 0)
-        fraction_dropped = fraction(beyond, counts[:-1])
         place = expert * capacity + rank
-        row = tf.where(has_place, place, num_rows)  # One row more, for all that have none.
-        position = tf.where(has_place, place, 0)
+        # One row more, for all that have none.
+        row, position = tf.where(has_place, place, num_rows), tf.where(has_place, place, 0)
+        order = tf.fill([num_rows + 1], num_choices)
+        order = tf.tensor_scatter_nd_update(order, row[:, None], tf.range(num_choices))[:num_rows]
+        rows_per_expert, kept = None, _per_example(has_place, k)
+        fraction_dropped = fraction(tf.maximum(counts[:-1] - capacity, 0), counts[:-1])
 
-    index = tf.range(num_choices)
-    example = index % tf.maximum(num_examples, 1)  # There may be no example, and no index then.
-    choice = example * k + index // tf.maximum(num_examples, 1)
-
-    def by_row(values, otherwise):
-        rows = tf.fill([num_rows + int(capacity is not None)], otherwise)
-        return tf.tensor_scatter_nd_update(rows, row[:, None], values)[:num_rows]
+    example = order % tf.maximum(num_examples, 1)  # There may be no example, and no row then.
+    choice = example * k + order // tf.maximum(num_examples, 1)
+    if capacity is not None:
+        is_empty = order == num_choices
+        example = tf.where(is_empty, num_examples, example)
+        choice = tf.where(is_empty, num_choices, choice)
 
     return Plan(
-        example=by_row(example, num_examples),
-        choice=by_row(choice, num_choices),
+        example=example,
+        choice=choice,
         position=_per_example(position, k),
         rows_per_expert=rows_per_expert,
         num_experts=num_experts,
@@ -281,18 +280,27 @@ def _take_rows(x, index, plan):
 
 def ranks(expert, num_experts):
     """Of each row its number among the rows of its expert, and how many rows each expert has."""
-    order, rows = tf.argsort(expert, stable=True), tf.shape(expert)
-    # A `bincount` that XLA compiles, and an `invert_permutation` that it compiles whatever the
-    # gating has done.
-    counts = tf.math.unsorted_segment_sum(tf.ones_like(expert), expert, num_experts)
-    place = tf.scatter_nd(order[:, None], tf.range(rows[0]), rows)
-    return place - tf.gather(tf.cumsum(counts, exclusive=True), expert), counts
+    _, row, counts = _sort(expert, num_experts)
+    return _rank(row, expert, counts), counts
 
 
 def fraction(part, whole):
     """The sum of `part` over that of `whole`, 0 where there is nothing."""
     part, whole = (tf.cast(tf.reduce_sum(x), tf.float32) for x in (part, whole))
     return part / tf.maximum(whole, 1.0)
+
+
+def _sort(expert, num_experts):
+    """Which entry comes at each row when sorted, the row of each entry, the entries per expert."""
+    order, number = tf.argsort(expert, stable=True), tf.shape(expert)
+    # A `bincount` that XLA compiles, and an `invert_permutation` that it compiles whatever the
+    # gating has done.
+    counts = tf.math.unsorted_segment_sum(tf.ones_like(expert), expert, num_experts)
+    return order, tf.scatter_nd(order[:, None], tf.range(number[0]), number), counts
+
+
+def _rank(row, expert, counts):
+    return row - tf.gather(tf.cumsum(counts, exclusive=True), expert)
 
 
 def _sizes(expert_index):

@@ -44,6 +44,10 @@ def takes_one_example(bank):
     return "experts" in inspect.signature(bank.call).parameters
 
 
+def _product(rows, kernel):
+    return ops.matmul(rows, ops.cast(kernel, rows.dtype))  # It may be stored in another dtype.
+
+
 @keras.saving.register_keras_serializable("keras_moe")
 class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
     """Feed-forward experts (section 4 of the paper): hidden layers, then a linear output layer.
@@ -167,7 +171,8 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         scales = [ops.squeeze(scale, axis=1) for scale in self.scales]
         banks = [ops.convert_to_tensor(bank) for bank in (*self.kernels, *scales, *self.biases)]
         if experts is not None:
-            return grouped.one_example(self._feed_forward, rows, experts, banks)
+            function = functools.partial(self._feed_forward, product=grouped.row_times)
+            return grouped.one_example(function, rows, experts, banks)
         in_blocks = rows_per_expert is not None and self.static_shapes
         function, in_one_loop = self._feed_forward, None
         if rows_per_expert is not None and not in_blocks:
@@ -186,9 +191,9 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
             self._feed_forward, rows, rows_per_expert, banks, width
         )
 
-    def _feed_forward(self, rows, *parameters, rows_per_expert=None):
+    def _feed_forward(self, rows, *parameters, rows_per_expert=None, product=_product):
         """One expert on its rows [M, D], G of them on theirs [G, M, D], or all on sorted rows."""
-        product, of_rows = _product, functools.partial(ops.expand_dims, axis=-2)
+        of_rows = functools.partial(ops.expand_dims, axis=-2)
         if rows_per_expert is not None:
             product = functools.partial(grouped.product, rows_per_expert=rows_per_expert)
             of_rows = functools.partial(
@@ -240,10 +245,6 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
             "static_shapes": self.static_shapes,
             "expert_parallel": self.expert_parallel,
         }
-
-
-def _product(rows, kernel):
-    return ops.matmul(rows, ops.cast(kernel, rows.dtype))  # It may be stored in another dtype.
 
 
 def _check_hidden_units(hidden_units):
