@@ -50,7 +50,11 @@ def sparse_moe(case, optimizer=None):
     layer.build((None, WIDTH))
     for name, kernel in zip(names, gate_kernels(case), strict=True):
         getattr(layer.gating, name).assign(kernel)
-    return _step(case, layer, layer.trainable_variables, lambda: layer.losses, optimizer)
+
+    def call(x, training):  # Exported models leave `training` out, and so the balance's metrics.
+        return layer(x, training=training or None)
+
+    return _step(case, call, layer.trainable_variables, lambda: layer.losses, optimizer)
 
 
 def tensor2tensor(case):

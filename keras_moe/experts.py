@@ -59,7 +59,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         activation: Activation of the hidden layers, as in `keras.layers.Dense`; or `"swiglu"`,
             `"geglu"`, `"reglu"`, `"glu"` or `"bilinear"` for gated hidden layers: the first half
             of x·W goes through silu, gelu, relu, sigmoid or nothing and is multiplied by the other
-            half.
+            half. A Keras layer as activation must have no weights and no seed.
         use_bias: Whether each layer of an expert adds a bias.
         kernel_initializer: Initializer of each expert's matrices [D, F], …: every expert is drawn
             for itself, with the fans of its own matrix.
@@ -94,7 +94,8 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
 
     Raises:
         ValueError: If `num_experts`, an entry of `hidden_units` or `output_dim` is not an integer
-            of at least 1; in `build` if the replicas cannot hold as many experts each.
+            of at least 1; in `build` if the replicas cannot hold as many experts each, or the
+            activation is a layer with weights.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         self.supports_jit = static_shapes
 
     def build(self, input_shape):
+        self._check_activation()
         if not self.expert_parallel:
             self._add_weights(input_shape)
             return
@@ -137,6 +139,17 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
             self._add_weights(input_shape)
         for variable in self.weights:
             variable.regularizer = over_shards(variable.regularizer)
+
+    def _check_activation(self):
+        if not isinstance(self.activation, keras.layers.Layer):
+            return
+        self.activation.build((None, self.hidden_units[0]))
+        if self.activation.variables:
+            raise ValueError(
+                "An activation must not have weights or a seed, which all experts would share. "
+                "Give each its own: `SparseMoE(experts=keras.Sequential([...]))`. "
+                f"Received: activation={self.activation}"
+            )
 
     def _add_weights(self, input_shape):
         sizes = [input_shape[-1], *self.hidden_units, self.output_dim or input_shape[-1]]

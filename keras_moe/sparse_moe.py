@@ -66,8 +66,7 @@ class SparseMoE(keras.layers.Layer):
             of experts, a layer with an attribute `num_experts`, called with `rows` [M, D], sorted
             by expert, and `rows_per_expert` [N], that returns [M, output_dim], zeros in the rows
             behind the last expert's. For a capacity or shared experts it also has to take `rows`
-            [N, C, D] alone, and if it has a method `even_capacity`, both at once: see
-            `experts.py`. Its `compute_output_shape` takes the shape of `rows` alone.
+            [N, C, D] alone. Its `compute_output_shape` takes the shape of `rows` alone.
         num_shared_experts: Number of experts more that compute every example, beside the N. Their
             outputs are added as they are.
         importance_loss_weight: w_importance.

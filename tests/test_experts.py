@@ -33,6 +33,24 @@ def test_each_expert_is_drawn_like_a_layer_of_its_own():
     assert np.abs(correlation).max() < 0.25  # 512 draws: √(1/512) = 0.044, more than 5 times
 
 
+@pytest.mark.parametrize(
+    "activation", [keras.layers.PReLU(), keras.layers.Dropout(0.5)], ids=lambda layer: layer.name
+)
+def test_an_activation_with_weights_or_a_seed_is_refused(activation):
+    with pytest.raises(ValueError, match="weights or a seed.*experts=keras.Sequential"):
+        FeedForwardExperts(2, 4, activation=activation).build((None, 3))
+
+
+def test_a_layer_without_weights_is_an_activation():
+    bank = FeedForwardExperts(1, 2, activation=keras.layers.LeakyReLU(negative_slope=0.5))
+    rows = np.ones((1, 2), "float32")
+    bank.build(rows.shape)
+    bank.kernels[0].assign([[[1, -1], [1, -3]]])  # hidden units 2, -4: with the slope 2, -2
+    bank.kernels[1].assign([[[1, 1], [1, 0]]])
+    for given in ({"rows_per_expert": tf.constant([1])}, {"experts": tf.constant([0])}):
+        np.testing.assert_array_equal(bank(rows, **given), [[0, 2]])
+
+
 def test_each_half_of_a_gated_layer_is_drawn_with_its_own_fans():
     bank = FeedForwardExperts(50, [32, 32], activation="swiglu", kernel_initializer="glorot_normal")
     bank.build((None, 16))

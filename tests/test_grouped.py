@@ -1,5 +1,8 @@
 """Products of every expert's own rows, in each of the ways there are."""
 
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import hypothesis
@@ -17,7 +20,7 @@ from helpers import (
 )
 from hypothesis import strategies as st
 
-from keras_moe import NoisyTopKGating, SparseMoE, grouped
+from keras_moe import NoisyTopKGating, SparseMoE, grouped, onednn
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
@@ -25,8 +28,11 @@ from keras_moe import NoisyTopKGating, SparseMoE, grouped
     rows_per_expert=st.lists(st.integers(0, 6), min_size=1, max_size=5),
     rest=st.integers(0, 3),
     way=st.sampled_from(["CPU, even", "CPU, uneven", "GPU, even", "GPU, uneven", "XLA"]),
+    by_onednn=st.booleans(),
 )
-def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(rows_per_expert, rest, way):
+def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(
+    rows_per_expert, rest, way, by_onednn
+):
     num_experts = len(rows_per_expert)
     expert = np.repeat(np.arange(num_experts), rows_per_expert)
     rng = np.random.default_rng(0)
@@ -40,7 +46,10 @@ def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(rows_per_expe
     counts = tf.constant(rows_per_expert)
     # Where there are no rows at all there are no places either.
     even, cheap = tf.constant(", even" in way and len(expert) > 0), "GPU" not in way
-    with mock.patch.multiple(grouped, is_even=lambda _: even, loops_are_cheap=lambda: cheap):
+    with (
+        mock.patch.multiple(grouped, is_even=lambda _: even, loops_are_cheap=lambda: cheap),
+        mock.patch.object(onednn, "is_in_use", lambda: by_onednn),
+    ):
         received, gradients = value_and_gradients(
             lambda rows, kernel: grouped.product(rows, kernel, counts, static_shapes=way == "XLA"),
             tf.constant(x, tf.float32),
@@ -49,6 +58,27 @@ def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(rows_per_expe
     for ours, oracle in zip((received, *gradients), (y, d_x, d_kernel), strict=True):
         assert not isinstance(ours, tf.IndexedSlices)
         np.testing.assert_allclose(ours, oracle, rtol=1e-4, atol=1e-5)
+
+
+def test_tensorflow_tells_whether_it_multiplies_by_onednn():
+    # With another TensorFlow this says at once what `onednn.py` has to be checked for.
+    received = subprocess.run(
+        [sys.executable, "-c", "from keras_moe import onednn; print(onednn.is_in_use())"],
+        env={**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert received.stdout == "False\n"
+
+
+def test_a_product_of_one_row():
+    row, kernel = tf.constant([[1.0, 2.0]]), tf.constant([[3.0, 4.0, 5.0], [6.0, 7.0, 8.0]])
+    # 1·3 + 2·6 = 15, 1·4 + 2·7 = 18, 1·5 + 2·8 = 21
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        y = grouped.row_times(tf.cast(row, dtype), kernel)
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(tf.cast(y, "float32"), [[15, 18, 21]])
 
 
 @pytest.mark.parametrize("even", [True, False])
