@@ -158,8 +158,8 @@ def one_example(function, x, experts, banks):
 def row_times(row, kernel):
     """The product of a row [1, D] and a matrix [D, F], from which it may differ in dtype.
 
-    On CPUs `MatMul` of a single row runs on one core, and takes twice as long as this (TensorFlow
-    2.21), which calls nothing sparse: it is the plain product of Eigen.
+    `MatMul` of a single row takes up to twice as long as this (TensorFlow 2.21, on CPUs), which,
+    with nothing marked as sparse, is Eigen's plain product.
     """
     kernel = tf.cast(kernel, row.dtype)
     if row.dtype == tf.float32 and loops_are_cheap():
