@@ -26,6 +26,24 @@ def test_plan_sorts_by_expert_and_puts_dead_choices_last():
     np.testing.assert_array_equal(plan.rows_per_expert, [2, 1, 2, 0])
 
 
+def test_plan_with_a_capacity_tells_empty_places_by_what_is_behind_the_last():
+    plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1]], GATES), 4, capacity=2)
+    # As above, but two places each: 1 of expert 1 and both of expert 3 are empty.
+    np.testing.assert_array_equal(plan.example, [1, 0, 1, 3, 0, 2, 3, 3])
+    np.testing.assert_array_equal(plan.choice, [2, 1, 3, 6, 0, 4, 6, 6])
+    np.testing.assert_array_equal(plan.kept, [[True, True], [True, True], [True, False]])
+    np.testing.assert_array_equal(
+        dispatch.dispatch(tf.constant([[1.0], [2.0], [3.0]]), plan)[..., 0],
+        [[2, 1], [2, 0], [1, 3], [0, 0]],
+    )
+
+
+def test_plan_of_no_example_with_places():
+    plan = dispatch.make_plan(routing(np.zeros((0, 2)), np.zeros((0, 2))), 3, capacity=2)
+    np.testing.assert_array_equal(plan.example, np.zeros(6))  # T = 0 is behind the last one.
+    np.testing.assert_array_equal(plan.choice, np.zeros(6))
+
+
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(data=st.data())
 def test_every_row_meets_its_expert_and_comes_back(data):
@@ -75,11 +93,15 @@ def test_gradients_are_dense_and_right(capacity):
 
 
 @pytest.mark.parametrize(
-    ("capacity", "expected"),
-    # With a capacity choices that count for nothing have no row.
-    [(None, [1, 1, 2, 2, 3, 3, 4, 4]), (3, [1, 1, 2, 2, 3, 0, 0, 0])],
+    ("capacity", "expected", "expected_gradient"),
+    # With a capacity choices that count for nothing have no row. The gradient of row r is the
+    # number of its choice, 2·example + k, and that of an empty place nothing.
+    [
+        (None, [1, 1, 2, 2, 3, 3, 4, 4], [2, 1, 3, 0, 4, 6, 5, 7]),
+        (3, [1, 1, 2, 2, 3, 0, 0, 0], [2, 1, 0, 3, 0, 0, 0, 4, 0]),
+    ],
 )
-def test_collect_undoes_the_sort(capacity, expected):
+def test_collect_undoes_the_sort(capacity, expected, expected_gradient):
     gates = [[0.5, 0.5], [0.9, 0.1], [1, 0], [np.nan, np.nan]]
     plan = dispatch.make_plan(routing([[2, 0], [0, 1], [2, 1], [1, 0]], gates), 3, capacity)
     x = tf.constant([[1.0], [2.0], [3.0], [4.0]])
@@ -91,5 +113,4 @@ def test_collect_undoes_the_sort(capacity, expected):
     np.testing.assert_array_equal(np.ravel(collected), expected)
     gradient = tape.gradient(collected, rows, output_gradients=upstream)
     assert not isinstance(gradient, tf.IndexedSlices)
-    # Choice c gets c, and an empty place, whose choice is 8 = T·K, nothing.
-    np.testing.assert_array_equal(np.ravel(gradient), plan.choice.numpy() % 8)
+    np.testing.assert_array_equal(np.ravel(gradient), expected_gradient)
