@@ -12,6 +12,14 @@ from exports import train
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 8
 )
+# Where there is a GPU, it computes as exactly as a CPU does, and is two of them, for strategies. So
+# each process of the tests takes 4 GiB of its memory at once.
+for gpu in tf.config.list_physical_devices("GPU")[:1]:
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    tf.config.set_visible_devices([gpu], "GPU")
+    tf.config.set_logical_device_configuration(
+        gpu, [tf.config.LogicalDeviceConfiguration(memory_limit=2048)] * 2
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
