@@ -12,14 +12,25 @@ from exports import train
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 8
 )
-# Where there is a GPU, it computes as exactly as a CPU does, and is two of them, for strategies. So
-# each process of the tests takes 4 GiB of its memory at once.
-for gpu in tf.config.list_physical_devices("GPU")[:1]:
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    tf.config.set_visible_devices([gpu], "GPU")
-    tf.config.set_logical_device_configuration(
-        gpu, [tf.config.LogicalDeviceConfiguration(memory_limit=2048)] * 2
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--gpus", type=int, default=1, help="logical GPUs to make of a GPU, if there is one"
     )
+
+
+def pytest_configure(config):
+    """Has a GPU compute as exactly as a CPU does, and makes several of it, for strategies."""
+    number = config.getoption("--gpus")
+    for gpu in tf.config.list_physical_devices("GPU")[:1]:
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        tf.config.set_visible_devices([gpu], "GPU")
+        if number == 1:
+            tf.config.experimental.set_memory_growth(gpu, True)  # Other processes test beside.
+        else:
+            part = tf.config.LogicalDeviceConfiguration(memory_limit=2048)
+            tf.config.set_logical_device_configuration(gpu, [part] * number)
 
 
 @pytest.fixture(autouse=True, scope="module")
