@@ -1,16 +1,17 @@
 """The sparsely-gated mixture-of-experts layer of Shazeer et al. (2017) for Keras 3."""
 
 from keras_moe import callbacks, distribute, layers, losses, models, optimizers
-from keras_moe.balanced_gating import StrictlyBalancedGating
-from keras_moe.experts import FeedForwardExperts
-from keras_moe.hierarchical_balanced_gating import HierarchicalBalancedGating
-from keras_moe.hierarchical_moe import HierarchicalGating, HierarchicalMoE
-from keras_moe.layer_experts import LayerExperts
-from keras_moe.routing import NoisyTopKGating, Routing, SoftmaxGating
+from keras_moe.experts.feed_forward import FeedForwardExperts
+from keras_moe.experts.layer_experts import LayerExperts
+from keras_moe.gating.hierarchical import HierarchicalGating
+from keras_moe.gating.hierarchical_balanced import HierarchicalBalancedGating
+from keras_moe.gating.routing import NoisyTopKGating, Routing, SoftmaxGating
+from keras_moe.gating.strictly_balanced import StrictlyBalancedGating
+from keras_moe.mixture.hierarchical_moe import HierarchicalMoE
+from keras_moe.mixture.sparse_moe import SparseMoE
 from keras_moe.saving import load_weights, save_weights
 from keras_moe.serving import export_saved_model
-from keras_moe.sparse_moe import SparseMoE
-from keras_moe.surgery import grow, prune, upcycle, used_experts
+from keras_moe.surgery.resizing import grow, prune, upcycle, used_experts
 
 __version__ = "0.1.0"
 

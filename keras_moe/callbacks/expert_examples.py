@@ -8,7 +8,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_moe import observation
+from keras_moe.mixture import inspection as observation
 
 
 class ExpertExample(NamedTuple):

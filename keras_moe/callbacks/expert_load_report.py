@@ -4,7 +4,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_moe import losses, observation, summaries
+from keras_moe import losses
+from keras_moe.callbacks import tensorboard as summaries
+from keras_moe.mixture import inspection as observation
 
 
 class ExpertLoadReport(keras.callbacks.Callback):

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_moe.mixture.sparse_moe import SparseMoE
 from keras_moe.models.language_model import LanguageModel
 from keras_moe.models.translation_model import TranslationModel
 from keras_moe.models.translation_presets import VOCABULARY_SIZE, TranslationPreset
-from keras_moe.sparse_moe import SparseMoE
 
 
 class Footprint(NamedTuple):

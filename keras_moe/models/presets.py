@@ -5,8 +5,8 @@ import dataclasses
 import keras
 
 from keras_moe.arguments import check_size
-from keras_moe.hierarchical_moe import HierarchicalMoE
-from keras_moe.sparse_moe import SparseMoE
+from keras_moe.mixture.hierarchical_moe import HierarchicalMoE
+from keras_moe.mixture.sparse_moe import SparseMoE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from keras_moe.balanced_gating import StrictlyBalancedGating
-from keras_moe.hierarchical_balanced_gating import HierarchicalBalancedGating
+from keras_moe.gating.hierarchical_balanced import HierarchicalBalancedGating
+from keras_moe.gating.strictly_balanced import StrictlyBalancedGating
 from keras_moe.models.presets import Preset
 
 VOCABULARY_SIZE = 32_000  # The paper's "32K wordpieces".

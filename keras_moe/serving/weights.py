@@ -4,8 +4,8 @@ import keras
 import tensorflow as tf
 
 from keras_moe.distribute.sharded_variable import ShardedVariable
-from keras_moe.experts import FeedForwardExperts
-from keras_moe.sparse_moe import SparseMoE
+from keras_moe.experts.feed_forward import FeedForwardExperts
+from keras_moe.mixture.sparse_moe import SparseMoE
 
 
 class StoredWeights:

@@ -1,0 +1,155 @@
+"""Experts that are any Keras layers: `LayerExperts`."""
+
+import copy
+
+import keras
+from keras import ops
+
+from keras_moe.arguments import check_size
+from keras_moe.dispatch import grouped_products as grouped
+from keras_moe.experts.initializers import derived_seeds
+from keras_moe.saving import CheckedExperts
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class LayerExperts(CheckedExperts, keras.layers.Layer):
+    """A bank whose experts are clones of a Keras layer or model.
+
+    Every expert has weights of its own, newly drawn: an integer seed in the layer's configuration
+    is replaced by another for each clone. Losses and metrics of the experts count as usual.
+
+    An expert sees its own rows [rows, D] alone. One without rows is called with a row of zeros
+    whose output is thrown away, since a loss that is a mean over no rows would be NaN; with a
+    capacity an expert is called with its C places, zeros in the empty ones.
+
+    Example:
+    ```python
+    expert = keras.Sequential([keras.layers.Dense(64, "gelu"), keras.layers.Dense(32)])
+    keras_moe.SparseMoE(8, experts=expert, k=2)  # the same as experts=LayerExperts(8, expert)
+    ```
+
+    Args:
+        num_experts: N, the number of experts.
+        layer: The layer or model to clone: from [rows, D] to [rows, output_dim], each row by
+            itself. It is not used itself, and its weights are not copied. A class of your own has
+            to be registered, by `keras.saving.register_keras_serializable`.
+        **kwargs: Keyword arguments of `keras.layers.Layer`.
+
+    Attributes:
+        layers: List of the N experts.
+
+    Call arguments:
+        rows: Float tensor [M, D], sorted by expert, or [N, C, D].
+        rows_per_expert: int32 [N], their sum at most M; `None` with [N, C, D].
+
+    Returns:
+        Float tensor [M, output_dim] or [N, C, output_dim] in the compute dtype.
+
+    Raises:
+        ValueError: If `num_experts` is not an integer of at least 1, or `layer` not a Keras layer
+            whose output has one row for each row of the input.
+    """
+
+    def __init__(self, num_experts, layer, **kwargs):
+        super().__init__(**kwargs)
+        self.num_experts = check_size("num_experts", num_experts)
+        if not isinstance(layer, keras.layers.Layer):
+            raise ValueError(f"`layer` must be a Keras layer or model. Received: {layer!r}")
+        self._template = keras.saving.serialize_keras_object(layer)
+        if not isinstance(layer, keras.Model):
+            self._template.pop("build_config", None)  # Another input may be as wide as it likes.
+        self.layers = [self._clone(i) for i in range(self.num_experts)]
+        self.supports_jit = False  # The number of rows of an expert depends on the data.
+
+    def _clone(self, i):
+        clone = _reseeded(self._template, i)
+        clone["config"]["name"] += f"_{i}"
+        return keras.saving.deserialize_keras_object(clone)
+
+    def build(self, rows_shape):
+        rows = keras.KerasTensor((None, rows_shape[-1]), self.compute_dtype)
+        for layer in self.layers:
+            y = layer(rows)  # Also builds a layer that has no `build` of its own.
+        if len(y.shape) != 2 or y.shape[0] is not None or y.shape[1] is None:
+            raise ValueError(
+                "An expert must turn rows [rows, D] into rows [rows, output_dim] of known width. "
+                f"Received: {layer.name!r}, which turns {rows.shape} into {y.shape}"
+            )
+        self.output_dim = y.shape[1]
+        for variable in self.weights:
+            # By it optimizers know them. An expert that is a mixture itself has set it already.
+            variable.expert_rank = getattr(variable, "expert_rank", len(variable.shape))
+
+    def call(self, rows, rows_per_expert=None):
+        if rows_per_expert is None:
+            experts = zip(self.layers, ops.unstack(rows), strict=True)
+            return ops.stack([self._call_expert(layer, piece) for layer, piece in experts])
+        *pieces, rest = grouped.split(rows, rows_per_expert)
+        experts = zip(self.layers, pieces, strict=True)
+        return grouped.join([self._call_expert(layer, piece) for layer, piece in experts], rest)
+
+    def _call_expert(self, layer, piece):
+        num_rows = ops.shape(piece)[0]
+        filler = ops.zeros((ops.maximum(1 - num_rows, 0), piece.shape[-1]), piece.dtype)
+        y = layer(ops.concatenate([piece, filler]))
+        return ops.cast(y[:num_rows], self.compute_dtype)
+
+    def compute_output_shape(self, rows_shape, rows_per_expert_shape=None):
+        if not self.built:
+            self.build(rows_shape)
+        return (*rows_shape[:-1], self.output_dim)
+
+    def copy_experts(self, bank, origins):
+        """Makes each expert i a copy of expert origins[i] of another bank."""
+        for layer, origin in zip(self.layers, origins, strict=True):
+            layer.set_weights(bank.layers[origin].get_weights())
+
+    def get_config(self):
+        # As quantised as the experts are, so that what is made from it can load their weights.
+        expert = keras.saving.serialize_keras_object(self.layers[0])
+        expert["config"]["name"] = self._template["config"]["name"]
+        layer = _with_policies(self._template, _policies(expert))
+        return {**super().get_config(), "num_experts": self.num_experts, "layer": layer}
+
+    @classmethod
+    def from_config(cls, config):
+        # Of a copy: Keras empties the configuration of a functional model that it reads.
+        layer = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]))
+        return cls(**{**config, "layer": layer})
+
+
+def _reseeded(config, number):
+    """A copy of a configuration, each integer seed in it replaced by that of clone `number`."""
+    if isinstance(config, dict):
+        return {
+            key: derived_seeds(value, number, 1)[0]
+            if key == "seed" and isinstance(value, int)
+            else _reseeded(value, number)
+            for key, value in config.items()
+        }
+    if isinstance(config, (list, tuple)):
+        return type(config)(_reseeded(value, number) for value in config)
+    return config
+
+
+def _policies(config):
+    """What `quantize` changes in the configurations of layers, by the name of the layer."""
+    if isinstance(config, (list, tuple)):
+        return {name: policy for value in config for name, policy in _policies(value).items()}
+    if not isinstance(config, dict):
+        return {}
+    found = _policies(list(config.values()))
+    if "name" in config:
+        keys = ("dtype", "quantization_config")
+        found[str(config["name"])] = {key: config[key] for key in keys if key in config}
+    return found
+
+
+def _with_policies(config, policies):
+    """A copy of a configuration, each layer in it with the policies of its name."""
+    if isinstance(config, dict):
+        own = policies.get(str(config.get("name")), {})
+        return {key: _with_policies(value, policies) for key, value in config.items()} | own
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_policies(value, policies) for value in config)
+    return config

@@ -1,0 +1,1 @@
+"""The layers that join gating, dispatch and experts, and what looks at them from outside."""

@@ -1,0 +1,91 @@
+"""Equation 1 for a batch: its rows go to their experts, and the weighted outputs come back.
+
+Where the experts are decides how: all of them here, divided among the replicas of a strategy, or,
+for a single example outside training, addressed without sorting anything.
+"""
+
+import functools
+
+from keras import ops
+
+from keras_moe import dispatch
+from keras_moe.distribute import collectives
+from keras_moe.distribute.exchange import on_their_replicas
+from keras_moe.distribute.global_capacity import drop_beyond
+from keras_moe.experts.feed_forward import takes_one_example
+
+_MOST_UNROLLED = 64  # K up to which an example's experts have operations of their own in the graph
+
+
+def mix(bank, examples, routing, *, training, capacity=None, expert_parallel=False):
+    """Computes y = Σ_i G(x)_i · E_i(x) for each example.
+
+    Args:
+        bank: The N experts.
+        examples: Float tensor [T, D].
+        routing: Their `Routing`.
+        training: Whether gradients will be taken.
+        capacity: Function from the number of examples to the most rows of an expert. What is beyond
+            is dropped. Default: nothing is.
+        expert_parallel: Whether the bank holds only this replica's experts.
+
+    Returns:
+        y, float [T, D_out], and the part of the choices that was dropped, `None` without capacity.
+    """
+    if expert_parallel and collectives.num_replicas() > 1:
+        return _over_replicas(bank, examples, routing, capacity)
+    if training or not _takes_one(bank, routing):
+        return _here(bank, examples, routing, capacity)
+    y = ops.cond(
+        ops.shape(examples)[0] == 1,
+        lambda: _of_one(bank, examples, routing),
+        lambda: _here(bank, examples, routing)[0],
+    )
+    return y, None
+
+
+def _here(bank, examples, routing, capacity=None):
+    places = None if capacity is None else capacity(ops.shape(examples)[0])
+    plan = dispatch.make_plan(routing, bank.num_experts, places)
+    rows = _compute(bank, dispatch.dispatch(examples, plan), plan)
+    return dispatch.combine(rows, routing.gates, plan), plan.fraction_dropped
+
+
+def _over_replicas(bank, examples, routing, capacity):
+    """The same of the batch of all replicas: each one's rows go where their experts are."""
+    collectives.check_can_communicate()
+    num_local = bank.num_experts // collectives.num_replicas()
+    places, most, fraction_dropped = None, None, None
+    if capacity is not None:
+        places = capacity(collectives.total_size(ops.shape(examples)[0]))
+        most = num_local * places
+        routing, fraction_dropped = drop_beyond(places, routing, bank.num_experts)
+    plan = dispatch.make_plan(routing, bank.num_experts)
+    rows = on_their_replicas(
+        functools.partial(_compute, bank),
+        dispatch.dispatch(examples, plan),
+        plan.rows_per_expert,
+        lambda received: dispatch.make_plan(received, num_local, places),
+        most,
+    )
+    return dispatch.combine(rows, routing.gates, plan), fraction_dropped
+
+
+def _takes_one(bank, routing):
+    k = routing.expert_index.shape[1]
+    return k is not None and k <= _MOST_UNROLLED and takes_one_example(bank)
+
+
+def _of_one(bank, examples, routing):
+    """The same of a single example, without any plan."""
+    gates, experts = routing.gates[0], routing.expert_index[0]
+    counts = gates > 0
+    rows = bank(examples[:1], experts=ops.where(counts, experts, 0))
+    rows = ops.where(counts[:, None], rows, ops.zeros((), rows.dtype))
+    return dispatch.as_batch(ops.matmul(ops.cast(gates[None], rows.dtype), rows))
+
+
+def _compute(bank, rows, plan):
+    if plan.rows_per_expert is None:
+        return bank(rows)
+    return bank(rows, plan.rows_per_expert)

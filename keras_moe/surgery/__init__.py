@@ -1,0 +1,5 @@
+"""Mixtures made of trained layers: of dense ones, or with more or fewer experts."""
+
+from keras_moe.surgery.resizing import grow, prune, upcycle, used_experts
+
+__all__ = ["grow", "prune", "upcycle", "used_experts"]
