@@ -8,13 +8,10 @@ VENV_PYTHON := .venv/bin/python
 # Their pins exclude this TensorFlow; the parts that are measured need no more than extra bench has.
 FROZEN_PEERS := tensor2tensor==1.15.7 tf-models-official==2.20.0
 
-# What computes, in one process; the rest reads files, starts processes or counts what CPUs do.
-GPU_TESTS := attention_lstm balanced_gating beam_search blocks capacity dispatch experts gpu grouped \
-    hierarchical_balanced hierarchical_gating hierarchical_moe language_model layer_experts losses \
-    one_example optimizers optimizers_in_keras product_attention projected_lstm quantized \
-    recomputation routing sampled_softmax sampling sparse_moe sparse_moe_in_keras surgery \
-    survival_inputs survival_quantized survival_training translation_model upcycle
-TWO_GPU_TESTS := gpu distribute distribute_optimizer distribute_saving distribute_training
+# What computes; the other tests read files, start processes or count what CPUs do.
+GPU_TESTS := $(addprefix tests/,test_gpu.py test_losses.py gating experts dispatch mixture layers \
+    models optimizers surgery)
+TWO_GPU_TESTS := tests/test_gpu.py $(wildcard tests/distribute/test_distribute*.py)
 
 # The stamp is written last, so an interrupted installation leaves none. It names the interpreter
 # and the folder that it was made for: changing either makes it stale, as setup.cfg does.
@@ -43,8 +40,8 @@ test: $(STAMP)  ## run the tests
 test-gpu: $(STAMP)  ## run the tests of what computes on a GPU, where there is one
 	$(VENV_PYTHON) -c 'import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices("GPU") and \
 	    "TensorFlow finds no GPU. With its libraries: $(VENV_PYTHON) -m pip install \"tensorflow[and-cuda]\"")'
-	$(VENV_PYTHON) -m pytest --numprocesses 8 --dist loadfile $(GPU_TESTS:%=tests/test_%.py)
-	$(VENV_PYTHON) -m pytest --numprocesses 4 --dist loadfile --gpus 2 $(TWO_GPU_TESTS:%=tests/test_%.py)
+	$(VENV_PYTHON) -m pytest --numprocesses 8 --dist loadfile $(GPU_TESTS)
+	$(VENV_PYTHON) -m pytest --numprocesses 4 --dist loadfile --gpus 2 $(TWO_GPU_TESTS)
 
 lint: $(STAMP)  ## check style and format
 	$(VENV_PYTHON) -m ruff check
