@@ -45,9 +45,9 @@ def make_cases():
         cases.append(Case(num_experts, 4, examples, work, batches=batches, dtype=dtype, **sizes))
 
     add(256, 16384, WIDE)
+    add(32, 16384, WIDE)
     add(256, 65536, WIDE)
     add(256, 16384, NARROW)
-    add(32, 16384, WIDE)
     add(256, 16384, NARROW, work="step", dtype="mixed_bfloat16")
     add(256, 1, WIDE, work="forward")
     add(256, 16, WIDE, work="forward")
