@@ -8,6 +8,11 @@ VENV_PYTHON := .venv/bin/python
 # Their pins exclude this TensorFlow; the parts that are measured need no more than extra bench has.
 FROZEN_PEERS := tensor2tensor==1.15.7 tf-models-official==2.20.0
 
+# What computes; the other tests read files, start processes or count what CPUs do.
+GPU_TESTS := $(addprefix tests/,test_gpu.py test_losses.py gating experts dispatch mixture layers \
+    models optimizers surgery)
+TWO_GPU_TESTS := tests/test_gpu.py $(wildcard tests/distribute/test_distribute*.py)
+
 # The stamp is written last, so an interrupted installation leaves none. It names the interpreter
 # and the folder that it was made for: changing either makes it stale, as setup.cfg does.
 STAMP := .venv/complete
@@ -20,17 +25,23 @@ ifneq ($(shell cat $(BENCH_STAMP) 2>/dev/null),$(MADE_FOR))
 .PHONY: $(BENCH_STAMP)
 endif
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-gpu lint bench clean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12], where TARGET is one of"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP)  ## train a mixture-of-experts language model, export it, query it
 	@TF_CPP_MIN_LOG_LEVEL=3 $(VENV_PYTHON) examples/language_model.py
 
 test: $(STAMP)  ## run the tests
 	$(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-gpu: $(STAMP)  ## run the tests of what computes on a GPU, where there is one
+	$(VENV_PYTHON) -c 'import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices("GPU") and \
+	    "TensorFlow finds no GPU. With its libraries: $(VENV_PYTHON) -m pip install \"tensorflow[and-cuda]\"")'
+	$(VENV_PYTHON) -m pytest --numprocesses 8 --dist loadfile $(GPU_TESTS)
+	$(VENV_PYTHON) -m pytest --numprocesses 4 --dist loadfile --gpus 2 $(TWO_GPU_TESTS)
 
 lint: $(STAMP)  ## check style and format
 	$(VENV_PYTHON) -m ruff check

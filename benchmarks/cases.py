@@ -8,8 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 WIDTH, HIDDEN_UNITS = 512, 1024
-# Gated experts have three kernels in place of two. So they have as many operations, but 0.4 %.
-GATED_HIDDEN_UNITS = 680
 
 
 class Case(NamedTuple):
@@ -28,6 +26,9 @@ class Case(NamedTuple):
             each; 1: not hierarchical.
         batches: How many batches take turns. Other examples need other experts, which the
             processor's caches then don't hold.
+        width: D.
+        hidden_units: F.
+        dtype: A dtype policy of Keras: "float32", "bfloat16" or "mixed_bfloat16".
     """
 
     num_experts: int
@@ -37,11 +38,34 @@ class Case(NamedTuple):
     skew: float = 0.0
     groups: int = 1
     batches: int = 1
+    width: int = WIDTH
+    hidden_units: int = HIDDEN_UNITS
+    dtype: str = "float32"
 
     @property
     def weight_bytes(self):
         """Bytes of the experts' weights."""
-        return 4 * 2 * self.num_experts * WIDTH * HIDDEN_UNITS
+        item = 2 if self.dtype == "bfloat16" else 4
+        return item * 2 * self.num_experts * self.width * self.hidden_units
+
+    @property
+    def gated_hidden_units(self):
+        """Hidden units of gated experts, which have three kernels in place of two.
+
+        So they have as many operations, less 0.4 % at most: it is a multiple of 8.
+        """
+        return self.hidden_units * 2 // 3 // 8 * 8
+
+    @property
+    def compute_dtype(self):
+        """The dtype of inputs, outputs and products."""
+        return self.dtype.removeprefix("mixed_")
+
+    @property
+    def operations(self):
+        """Floating-point operations of the products of the experts: a step has three passes."""
+        passes = 1 if self.work == "forward" else 3
+        return passes * 4 * self.k * self.examples * self.width * self.hidden_units
 
 
 def batches(case):
@@ -49,7 +73,7 @@ def batches(case):
     rng = np.random.default_rng(1)
     pairs = []
     for _ in range(case.batches):
-        x, upstream = rng.normal(size=(2, case.examples, WIDTH)).astype("float32")
+        x, upstream = rng.normal(size=(2, case.examples, case.width)).astype("float32")
         if case.skew:
             x[:, 0] = np.where(rng.permutation(case.examples) < case.skew * case.examples, 1, -1)
         pairs.append((x, upstream))
@@ -63,9 +87,12 @@ def gate_kernels(case):
     With a skew, feature 0 decides about expert 0, beyond all other logits and their noise.
     """
     rng = np.random.default_rng(2)
-    shapes = [(WIDTH, case.num_experts)]
+    shapes = [(case.width, case.num_experts)]
     if case.groups > 1:
-        shapes = [(WIDTH, case.groups), (case.groups, WIDTH, case.num_experts // case.groups)]
+        shapes = [
+            (case.width, case.groups),
+            (case.groups, case.width, case.num_experts // case.groups),
+        ]
     kernels = [rng.normal(size=shape) for shape in shapes]
     if case.skew:
         kernels[0][0] = 0

@@ -8,22 +8,26 @@ import types
 
 import keras
 import tensorflow as tf
-from cases import GATED_HIDDEN_UNITS, HIDDEN_UNITS, WIDTH, batches, gate_kernels
+from cases import batches, gate_kernels
 
 import keras_moe
 
 
-def dense(case):
+def dense(case, jit=False):
     """Two dense layers with the operations of the K experts of an example."""
-    hidden = keras.layers.Dense(case.k * HIDDEN_UNITS, activation="relu", use_bias=False)
-    layers = keras.Sequential([hidden, keras.layers.Dense(WIDTH, use_bias=False)])
-    layers.build((None, WIDTH))
-    return _step(case, layers, layers.trainable_variables, optimizer="Adam")
+    options = {"use_bias": False, "dtype": case.dtype}
+    hidden = keras.layers.Dense(case.k * case.hidden_units, activation="relu", **options)
+    layers = keras.Sequential([hidden, keras.layers.Dense(case.width, **options)])
+    layers.build((None, case.width))
+    return _step(case, layers, layers.trainable_variables, optimizer="Adam", jit=jit)
 
 
 def weight_traffic(case):
     """All that a step must move: reads the experts' weights twice, writes as much once."""
-    shapes = ([case.num_experts, WIDTH, HIDDEN_UNITS], [case.num_experts, HIDDEN_UNITS, WIDTH])
+    shapes = (
+        [case.num_experts, case.width, case.hidden_units],
+        [case.num_experts, case.hidden_units, case.width],
+    )
     weights = [tf.Variable(tf.zeros(shape)) for shape in shapes]
 
     @tf.function(input_signature=[tf.TensorSpec([])])
@@ -34,27 +38,29 @@ def weight_traffic(case):
     return lambda: step(factor)
 
 
-def sparse_moe(case, optimizer=None):
-    """`SparseMoE` or `HierarchicalMoE`, noise and losses included."""
+def sparse_moe(case, optimizer=None, jit=False, **options):
+    """`SparseMoE` or `HierarchicalMoE`, with further options of it, noise and losses included."""
+    options["dtype"] = case.dtype
     if case.groups > 1:
         layer = keras_moe.HierarchicalMoE(
             case.groups,
             case.num_experts // case.groups,
-            HIDDEN_UNITS,
+            case.hidden_units,
             (math.isqrt(case.k), math.isqrt(case.k)),
+            **options,
         )
         names = ["primary", "secondary"]
     else:
-        layer = keras_moe.SparseMoE(case.num_experts, HIDDEN_UNITS, case.k)
+        layer = keras_moe.SparseMoE(case.num_experts, case.hidden_units, case.k, **options)
         names = ["gate_kernel"]
-    layer.build((None, WIDTH))
+    layer.build((None, case.width))
     for name, kernel in zip(names, gate_kernels(case), strict=True):
         getattr(layer.gating, name).assign(kernel)
 
     def call(x, training):  # Exported models leave `training` out, and so the balance's metrics.
         return layer(x, training=training or None)
 
-    return _step(case, call, layer.trainable_variables, lambda: layer.losses, optimizer)
+    return _step(case, call, layer.trainable_variables, lambda: layer.losses, optimizer, jit)
 
 
 def tensor2tensor(case):
@@ -64,7 +70,7 @@ def tensor2tensor(case):
         sys.modules[name] = types.ModuleType(name)
     from tensor2tensor.utils import expert_utils
 
-    expert = expert_utils.ffn_expert_fn(WIDTH, [HIDDEN_UNITS], WIDTH)
+    expert = expert_utils.ffn_expert_fn(case.width, [case.hidden_units], case.width)
     # All but the first are of another gating, which creates a variable, "means", all the same.
     hparams = types.SimpleNamespace(
         gating_type="topk", z_size=1, num_residuals=1, num_blocks=1, hidden_size=1, ema=False
@@ -99,7 +105,7 @@ def tf_models(case):
     from official.nlp.modeling.layers import moe
 
     layer = moe.MoeLayer(
-        moe.FeedForwardExperts(case.num_experts, HIDDEN_UNITS, activation=tf.nn.relu),
+        moe.FeedForwardExperts(case.num_experts, case.hidden_units, activation=tf.nn.relu),
         moe.ExpertsChooseMaskedRouter(case.num_experts, export_metrics=False),
         train_capacity_factor=case.k,
         eval_capacity_factor=case.k,
@@ -108,7 +114,7 @@ def tf_models(case):
     def call(x, training):
         return layer(x[None], training=training)[0]
 
-    call(tf.zeros([case.examples, WIDTH]), training=True)  # Builds it.
+    call(tf.zeros([case.examples, case.width]), training=True)  # Builds it.
     layer._router.router_weights.kernel.assign(gate_kernels(case)[0])
     return _step(case, call, layer.trainable_variables)
 
@@ -118,9 +124,9 @@ def keras_hub(case):
     from keras_hub.src.models.qwen3_moe.qwen3_moe_decoder import Qwen3SparseMoeBlock
 
     block = Qwen3SparseMoeBlock(
-        WIDTH, GATED_HIDDEN_UNITS, case.num_experts, case.k, norm_top_k_prob=True
+        case.width, case.gated_hidden_units, case.num_experts, case.k, norm_top_k_prob=True
     )
-    block.build((1, case.examples, WIDTH))
+    block.build((1, case.examples, case.width))
     block._sparse_feedforward_gate_dense.kernel.assign(gate_kernels(case)[0])
 
     def call(x, training):
@@ -129,7 +135,7 @@ def keras_hub(case):
     return _step(case, call, block.trainable_variables, lambda: block.losses)
 
 
-def _step(case, layer, weights, losses=list, optimizer=None):
+def _step(case, layer, weights, losses=list, optimizer=None, jit=False):
     """Makes the step of a layer.
 
     Args:
@@ -138,6 +144,7 @@ def _step(case, layer, weights, losses=list, optimizer=None):
         weights: Its variables.
         losses: Function that returns the losses of the last call.
         optimizer: Name of the optimizer of a training step, in `keras_moe.optimizers` or Keras.
+        jit: Whether XLA compiles it.
 
     Returns:
         A function without arguments.
@@ -147,7 +154,7 @@ def _step(case, layer, weights, losses=list, optimizer=None):
         optimizer.build(weights)
 
     # Whatever it returns has to be computed.
-    @tf.function(input_signature=_signature(case))
+    @tf.function(input_signature=_signature(case), jit_compile=jit or None)
     def step(x, upstream):
         if case.work == "forward":
             return layer(x, training=False)
@@ -174,11 +181,11 @@ def _optimizer(name):
 
 
 def _signature(case):
-    return [tf.TensorSpec([case.examples, WIDTH])] * 2
+    return [tf.TensorSpec([case.examples, case.width], case.compute_dtype)] * 2
 
 
 def _on_batches(case, step):
     """A function without arguments that takes the step on the next batch."""
-    pairs = [tuple(map(tf.constant, pair)) for pair in batches(case)]
+    pairs = [tuple(tf.cast(a, case.compute_dtype) for a in pair) for pair in batches(case)]
     turns = itertools.cycle(pairs)
     return lambda: step(*next(turns))

@@ -195,7 +195,7 @@ def _work(pipe, contender, case):
     except EOFError:
         pass
     except Exception as error:
-        pipe.send(_failure(error))
+        pipe.send(failure_of(error))
 
 
 def _time(step):
@@ -216,7 +216,8 @@ def _limit_memory():
     pathlib.Path("/proc/self/oom_score_adj").write_text("1000")  # Should it do so nevertheless.
 
 
-def _failure(error):
+def failure_of(error):
+    """The `Failure` that tells of an error."""
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, ModuleNotFoundError):
         return Failure(f"not installed: {error.name}")

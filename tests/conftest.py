@@ -14,6 +14,25 @@ tf.config.set_logical_device_configuration(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--gpus", type=int, default=1, help="logical GPUs to make of a GPU, if there is one"
+    )
+
+
+def pytest_configure(config):
+    """Has a GPU compute as exactly as a CPU does, and makes several of it, for strategies."""
+    number = config.getoption("--gpus")
+    for gpu in tf.config.list_physical_devices("GPU")[:1]:
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        tf.config.set_visible_devices([gpu], "GPU")
+        if number == 1:
+            tf.config.experimental.set_memory_growth(gpu, True)  # Other processes test beside.
+        else:
+            part = tf.config.LogicalDeviceConfiguration(memory_limit=2048)
+            tf.config.set_logical_device_configuration(gpu, [part] * number)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def frozen_heap():
     """Has the garbage collector pass over what imports and earlier test files have left.

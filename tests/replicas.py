@@ -11,7 +11,10 @@ WIDTH, CLASSES, BATCH = 4, 3, 16
 
 
 def strategy(num_replicas):
-    """A strategy over logical CPUs; TensorFlow's own with one replica for 0; one as it is."""
+    """A strategy over logical GPUs, if there are as many, else CPUs.
+
+    TensorFlow's own, with one replica, for 0; a strategy as it is.
+    """
     if not isinstance(num_replicas, int):
         return num_replicas
     if num_replicas == 0:
@@ -19,7 +22,8 @@ def strategy(num_replicas):
     # TensorFlow expects one strategy in a process: others' collectives would get mixed up. Its own
     # tests part them by this private number.
     tf.distribute.MirroredStrategy._collective_key_base += 1000
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])
+    kind = "GPU" if len(tf.config.list_logical_devices("GPU")) >= num_replicas else "CPU"
+    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(num_replicas)])
 
 
 def flat(**kwargs):

@@ -1,0 +1,64 @@
+"""Who is measured on a graphics card.
+
+Another framework adds its module, its card, its contenders.
+"""
+
+from contenders import TENSORFLOW, TORCH
+from measure import Contender
+
+# The class in `cards.py` of each framework, in the order in which they take the card.
+CARDS = {TENSORFLOW: "TensorFlow", TORCH: "Torch"}
+
+CAPACITY = {"capacity_factor": 1.25, "jit": True}
+
+# The first of each framework is what its others are multiples of.
+LAYERS = [
+    Contender("dense", TENSORFLOW, "dense", "two layers, K·F hidden units"),
+    Contender("keras_moe", TENSORFLOW, "sparse_moe", "noise, both losses, nothing dropped"),
+    Contender(
+        "keras_moe, capacity 1.25, XLA",
+        TENSORFLOW,
+        "sparse_moe",
+        "in training drops beyond 1.25·K·T/N examples per expert",
+        CAPACITY,
+    ),
+    Contender("dense, XLA", TENSORFLOW, "dense", "as dense", {"jit": True}),
+    Contender("dense, PyTorch", TORCH, "dense", "as dense"),
+    Contender(
+        "grouped_mm, PyTorch",
+        TORCH,
+        "grouped_mm",
+        "the experts' products alone: no gating, rows sorted before",
+    ),
+    Contender(
+        "transformers Mixtral, grouped_mm",
+        TORCH,
+        "mixtral",
+        "gated experts; no noise, no losses",
+        {"implementation": "grouped_mm"},
+    ),
+]
+STEPS = [
+    Contender("dense", TENSORFLOW, "dense", "trained by Adam"),
+    Contender(
+        "keras_moe, FactoredAdam",
+        TENSORFLOW,
+        "sparse_moe",
+        "nothing dropped",
+        {"optimizer": "FactoredAdam"},
+    ),
+    Contender(
+        "keras_moe, capacity 1.25, XLA, FactoredAdam",
+        TENSORFLOW,
+        "sparse_moe",
+        "drops beyond 1.25·K·T/N examples per expert",
+        {"optimizer": "FactoredAdam", **CAPACITY},
+    ),
+]
+
+
+def of(case):
+    """The contenders that do the work of a case: PyTorch's have one dtype, and no optimizer."""
+    contenders = STEPS if case.work == "step" else LAYERS
+    mixed = case.dtype != case.compute_dtype
+    return [each for each in contenders if each.module != TORCH or not mixed]

@@ -1,0 +1,81 @@
+"""The benchmark of graphics cards runs from the command line to the tables, here without a card."""
+
+import importlib
+import sys
+
+import gpu
+import gpu_contenders
+import gpu_measure
+import measure
+import pytest
+from cases import Case
+from contenders import TENSORFLOW
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+
+
+def test_the_tables_hold_what_was_measured(tmp_path, capsys):
+    outcomes = gpu.main(
+        ["--small", "--cases", "1", "--contenders", "keras_moe", "--output", str(tmp_path)]
+    )
+    ((case, found),) = outcomes.items()
+    assert set(found) == {"dense", "keras_moe"}
+    assert found["dense"].failure is found["keras_moe"].failure is None
+    # 4·128 rows through 64→128→64 are 2·2·512·64·128 operations, and backward twice as many.
+    assert case.operations == 3 * 16_777_216
+    middle = sorted(found["keras_moe"].seconds)[2]
+    assert len(found["keras_moe"].seconds) == 5
+    table = (tmp_path / "gpu.md").read_text()
+    ratio = middle / sorted(found["dense"].seconds)[2]
+    expected = f"| keras_moe | {1000 * middle:.3g} ms | {ratio:.2f} | {50.331648e-6 / middle:.3g} |"
+    assert expected in table
+    assert table.strip() == capsys.readouterr().out.strip()
+    assert (tmp_path / "gpu.png").stat().st_size > 0
+
+
+def test_a_share_is_of_the_rate_of_the_dtype():
+    # 4·8 rows through 2→2→2 are 2·2·32·2·2 = 512 operations. In 2 s: half of 512 a second.
+    case = Case(2, 4, 8, "forward", width=2, hidden_units=2, dtype="mixed_bfloat16")
+    outcome = measure.Outcome(seconds=[1.0, 2.0, 5.0])
+    assert gpu.share(case, outcome, {"bfloat16": 512.0, "float32": 1.0}) == 0.5
+
+
+def test_without_a_card_only_a_rehearsal_runs(monkeypatch, tmp_path):
+    def measured(jobs, seconds):
+        yield next(iter(jobs)), 1.0, "CPU", {}
+
+    monkeypatch.setattr(gpu, "measure", measured)
+    with pytest.raises(SystemExit, match="TensorFlow has no graphics card here.*--small"):
+        gpu.main(["--output", str(tmp_path)])
+
+
+def test_a_contender_that_fails_says_why_and_the_others_are_measured():
+    absent = measure.Contender("absent", TENSORFLOW, "dense", options={"no_such_option": 1})
+    case = Case(4, 2, 8, "forward", width=8, hidden_units=8)
+    job = gpu_measure.Job(case, "TensorFlow", [absent, gpu_contenders.LAYERS[0]])
+    ((same, rate, card, outcomes),) = gpu_measure.measure([job], 60)
+    assert (same, card) == (job, "CPU") and rate > 0
+    assert "no_such_option" in outcomes["absent"].failure
+    assert outcomes["dense"].failure is None and outcomes["dense"].peak_bytes > 0
+
+
+def test_a_framework_that_is_missing_leaves_the_others_alone():
+    absent = measure.Contender("absent", "no_such_module", "make")
+    case = Case(4, 2, 8, width=8, hidden_units=8)
+    jobs = [gpu_measure.Job(case, "TensorFlow", [absent]) for _ in range(2)]
+    results = list(gpu_measure.measure(jobs, 60))
+    assert [rate for _, rate, _, _ in results] == [None, None]
+    for *_, outcomes in results:
+        assert outcomes["absent"].failure == "not installed: no_such_module"
+
+
+def test_no_job_begins_when_the_time_is_over():
+    absent = measure.Contender("absent", "no_such_module", "make")
+    job = gpu_measure.Job(Case(4, 2, 8), "TensorFlow", [absent])
+    assert list(gpu_measure.measure([job], seconds=-1)) == []
+
+
+def test_the_contenders_of_tensorflow_exist():
+    module = importlib.import_module(TENSORFLOW)
+    for contender in [*gpu_contenders.LAYERS, *gpu_contenders.STEPS]:
+        assert contender.module != TENSORFLOW or hasattr(module, contender.function)
