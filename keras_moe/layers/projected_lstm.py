@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe.arguments import check_size
 from keras_moe.freezing import FreezableParts
-from keras_moe.inputs import as_input
+from keras_moe.inputs import as_input, as_mask
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -46,23 +46,29 @@ class ProjectedLSTMCell(keras.layers.Layer):
         self.output_size = self.projection
 
     def build(self, input_shape):
-        self.input_spec = keras.InputSpec(axes={-1: input_shape[-1]})
         gates = 4 * self.units
         self.kernel = self.add_weight(name="kernel", shape=(input_shape[-1], gates))
         self.recurrent_kernel = self.add_weight(
-            name="recurrent_kernel", shape=(self.projection, gates), initializer="orthogonal"
+            name="recurrent_kernel",
+            shape=(self.projection, gates),
+            initializer=self._initial_recurrence,
         )
         self.bias = self.add_weight(name="bias", shape=(gates,), initializer=self._initial_bias)
         self.projection_kernel = self.add_weight(
             name="projection_kernel", shape=(self.units, self.projection)
         )
 
+    def _initial_recurrence(self, shape, dtype=None):
+        """Orthogonal, as in `keras.layers.LSTM`; the decomposition behind it has no bfloat16."""
+        exact = "float64" if dtype == "float64" else "float32"
+        return ops.cast(keras.initializers.Orthogonal()(shape, exact), dtype)
+
     def _initial_bias(self, shape, dtype=None):
         """Ones for the forget gate, the second of four, as in `keras.layers.LSTM`."""
         return ops.repeat(ops.array([0, 1, 0, 0], dtype), self.units)
 
     def call(self, x, states):
-        x, (h, c) = as_input(self, x), states
+        x, h, c = (as_input(self, value) for value in (x, *states))
         z = ops.matmul(x, self.kernel) + ops.matmul(h, self.recurrent_kernel) + self.bias
         i, f, g, o = ops.split(z, 4, axis=-1)
         c = ops.sigmoid(f) * c + ops.sigmoid(i) * ops.tanh(g)
@@ -108,7 +114,7 @@ class ProjectedLSTM(FreezableParts, keras.layers.RNN):
 
     def call(self, sequences, initial_state=None, mask=None, training=False):
         sequences = as_input(self, sequences)
-        return super().call(sequences, initial_state, mask, training)
+        return super().call(sequences, initial_state, as_mask(mask, sequences), training)
 
     def get_config(self):
         config = super().get_config()
