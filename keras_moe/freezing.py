@@ -25,21 +25,21 @@ class FreezableParts:
     def freeze_parts(self):
         """Freezes all parts of a layer that is frozen."""
         if not self.trainable:
-            for _, part in _parts(self):
-                part.trainable = False
+            _set_parts(self, {})
 
     def get_config(self):
         config = super().get_config()
-        parts = dict(_exceptions(self))
-        return {**config, TRAINABLE_PARTS: parts} if parts else config
+        exceptions = dict(_exceptions(self))
+        return {**config, TRAINABLE_PARTS: exceptions} if exceptions else config
 
     @classmethod
     def from_config(cls, config):
         config = dict(config)
-        parts = config.pop(TRAINABLE_PARTS, None)
+        exceptions = config.pop(TRAINABLE_PARTS, {})
         layer = cls(**config)
-        if parts:
-            _set_parts(layer, parts)
+        # Without exceptions a layer that is trainable may come from a file older than these.
+        if exceptions or not layer.trainable:
+            _set_parts(layer, exceptions)
         return layer
 
 
@@ -86,12 +86,14 @@ def _exceptions(layer, path=""):
 
 
 def _set_parts(layer, exceptions, path=""):
+    """Makes all parts as trainable as the layer that each is a part of, but for the exceptions."""
     for name, part in _parts(layer):
         part.trainable = exceptions.get(path + name, layer.trainable)
         _set_parts(part, exceptions, f"{path}{name}.")
 
 
 def _freeze_new(layer, known):
+    """Freezes what is not among the known ids and in something frozen."""
     for _, part in _parts(layer):
         if id(part) not in known and not layer.trainable:
             part.trainable = False

@@ -6,6 +6,7 @@ with `autocast=False` floats as well; a sparse tensor stays sparse; and from a g
 with `as_input` of what it is given, and no layer turns its weights into the dtype of its rows.
 """
 
+import keras
 import tensorflow as tf
 from keras import ops
 
@@ -22,10 +23,17 @@ def as_input(layer, x):
         Tensor [..., D].
 
     Raises:
-        ValueError: If `x` is ragged.
+        ValueError: If `x` is ragged, or holds no real numbers.
     """
     refuse_ragged(layer, x)
-    x = ops.cast(ops.convert_to_tensor(x, sparse=False), layer.compute_dtype)
+    x = ops.convert_to_tensor(x, sparse=False)
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if dtype == "string" or dtype.startswith("complex"):  # A cast would drop the imaginary part.
+        raise ValueError(
+            f"{type(layer).__name__} takes floats, integers or booleans. Received: {dtype} of "
+            f"shape {x.shape}"
+        )
+    x = ops.cast(x, layer.compute_dtype)
     axes = getattr(layer.input_spec, "axes", None) or {}
     if x.shape[-1] is None and -1 in axes:
         x = tf.ensure_shape(x, [*x.shape[:-1], axes[-1]])

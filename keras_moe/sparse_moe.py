@@ -303,7 +303,7 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
         x_flat = ops.reshape(x, (-1, x.shape[-1]))
         if mask is None:
             return x_flat, None
-        mask = ops.reshape(as_mask(mask, x), ops.shape(x_flat)[:1])
+        mask = ops.reshape(as_mask(mask, x), (-1,))
         # A zero in place of a NaN: 0·NaN would carry it into the gradients.
         return ops.where(mask[:, None], x_flat, ops.zeros_like(x_flat)), mask
 

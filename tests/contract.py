@@ -43,6 +43,7 @@ class Contract(NamedTuple):
         parts: Parts that can be frozen alone, by attribute.
         only_float32: Whether there is no other dtype policy.
         twice_in_training: Whether the layer can be differentiated twice in training.
+        any_width: Inputs that no weight is multiplied by, so that they may be of any width.
     """
 
     make: Any
@@ -52,6 +53,7 @@ class Contract(NamedTuple):
     parts: tuple = ()
     only_float32: bool = False
     twice_in_training: bool = True
+    any_width: tuple = ()
 
     @property
     def cls(self):
@@ -101,6 +103,7 @@ def attention(cls):
         call,
         {"query_mask": 0, "value_mask": 1},
         parts,
+        any_width=(1,),
     )
 
 
@@ -190,17 +193,11 @@ CONTRACTS = {
     "NoisyTopKGating": gating(lambda **o: NoisyTopKGating(5, 2, seed=0, **o)),
     "SoftmaxGating": gating(lambda **o: SoftmaxGating(5, router_z_loss_weight=0.1, **o)),
     "StrictlyBalancedGating": gating(lambda **o: StrictlyBalancedGating(5, 2, **o)),
-    "StrictlyBalancedGating, static": gating(
-        lambda **o: StrictlyBalancedGating(5, 2, static_shapes=True, **o)
-    ),
     "HierarchicalGating": gating(lambda **o: HierarchicalGating(2, 3, (1, 2), seed=0, **o)),
     "HierarchicalGating, static": gating(
         lambda **o: HierarchicalGating(2, 3, static_shapes=True, noise=False, **o)
     ),
     "HierarchicalBalancedGating": gating(lambda **o: HierarchicalBalancedGating(2, 3, **o)),
-    "HierarchicalBalancedGating, static": gating(
-        lambda **o: HierarchicalBalancedGating(2, 3, static_shapes=True, **o)
-    ),
     "FeedForwardExperts": bank(
         lambda **o: FeedForwardExperts(3, 4, activation="tanh", use_bias=True, **o)
     ),

@@ -224,7 +224,7 @@ def test_unknown_shapes(contract):
         )
         expected = contract.outputs(layer, *x, **given)
         assert_equal(call(x, given), expected, rtol=1e-5, atol=1e-6)
-        for narrower in range(len(x)):
+        for narrower in set(range(len(x))) - set(contract.any_width):
             wrong = [tensor[..., i == narrower :] for i, tensor in enumerate(x)]
             with pytest.raises(tf.errors.InvalidArgumentError):
                 call(wrong, given)
