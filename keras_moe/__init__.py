@@ -1,5 +1,8 @@
 """The sparsely-gated mixture-of-experts layer of Shazeer et al. (2017) for Keras 3."""
 
+from keras_moe import backends  # noqa: F401  Before all else, which an unsupported one can't import.
+
+# isort: split
 from keras_moe import callbacks, distribute, layers, losses, models, optimizers
 from keras_moe.experts.feed_forward import FeedForwardExperts
 from keras_moe.experts.layer_experts import LayerExperts

@@ -22,6 +22,7 @@ from keras_moe.dispatch.recomputation import recomputed
 from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.experts.initializers import PerExpert
 from keras_moe.experts.int8 import Int8Kernels
+from keras_moe.inputs import as_input, as_numbers
 from keras_moe.saving import CheckedVariables
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
@@ -131,6 +132,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         self.supports_jit = static_shapes
 
     def build(self, input_shape):
+        self.input_spec = keras.InputSpec(min_ndim=2, max_ndim=3, axes={-1: input_shape[-1]})
         self._check_activation()
         if not self.expert_parallel:
             self._add_weights(input_shape)
@@ -181,8 +183,14 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
             variable.expert_rank = len(variable.shape) - 1  # By it optimizers know them.
 
     def call(self, rows, rows_per_expert=None, experts=None, training=None):
+        rows, rows_per_expert, experts = (
+            as_input(self, rows),
+            as_numbers(rows_per_expert),
+            as_numbers(experts),
+        )
         scales = [ops.squeeze(scale, axis=1) for scale in self.scales]
-        banks = [ops.convert_to_tensor(bank) for bank in (*self.kernels, *scales, *self.biases)]
+        banks = [ops.convert_to_tensor(kernel) for kernel in self.kernels]
+        banks += [ops.cast(bank, self.compute_dtype) for bank in (*scales, *self.biases)]
         if experts is not None:
             function = functools.partial(self._feed_forward, product=grouped.row_times)
             return grouped.one_example(function, rows, experts, banks)

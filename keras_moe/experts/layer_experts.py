@@ -8,11 +8,13 @@ from keras import ops
 from keras_moe.arguments import check_size
 from keras_moe.dispatch import grouped_products as grouped
 from keras_moe.experts.initializers import derived_seeds
+from keras_moe.freezing import FreezableParts, call_once, copy_trainable
+from keras_moe.inputs import as_input, as_numbers
 from keras_moe.saving import CheckedExperts
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class LayerExperts(CheckedExperts, keras.layers.Layer):
+class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
     """A bank whose experts are clones of a Keras layer or model.
 
     Every expert has weights of its own, newly drawn: an integer seed in the layer's configuration
@@ -60,6 +62,7 @@ class LayerExperts(CheckedExperts, keras.layers.Layer):
             self._template.pop("build_config", None)  # Another input may be as wide as it likes.
         self.layers = [self._clone(i) for i in range(self.num_experts)]
         self.supports_jit = False  # The number of rows of an expert depends on the data.
+        self.freeze_parts()
 
     def _clone(self, i):
         clone = _reseeded(self._template, i)
@@ -67,9 +70,10 @@ class LayerExperts(CheckedExperts, keras.layers.Layer):
         return keras.saving.deserialize_keras_object(clone)
 
     def build(self, rows_shape):
+        self.input_spec = keras.InputSpec(min_ndim=2, max_ndim=3, axes={-1: rows_shape[-1]})
         rows = keras.KerasTensor((None, rows_shape[-1]), self.compute_dtype)
         for layer in self.layers:
-            y = layer(rows)  # Also builds a layer that has no `build` of its own.
+            y = call_once(layer, rows)
         if len(y.shape) != 2 or y.shape[0] is not None or y.shape[1] is None:
             raise ValueError(
                 "An expert must turn rows [rows, D] into rows [rows, output_dim] of known width. "
@@ -81,6 +85,7 @@ class LayerExperts(CheckedExperts, keras.layers.Layer):
             variable.expert_rank = getattr(variable, "expert_rank", len(variable.shape))
 
     def call(self, rows, rows_per_expert=None):
+        rows, rows_per_expert = as_input(self, rows), as_numbers(rows_per_expert)
         if rows_per_expert is None:
             experts = zip(self.layers, ops.unstack(rows), strict=True)
             return ops.stack([self._call_expert(layer, piece) for layer, piece in experts])
@@ -103,6 +108,7 @@ class LayerExperts(CheckedExperts, keras.layers.Layer):
         """Makes each expert i a copy of expert origins[i] of another bank."""
         for layer, origin in zip(self.layers, origins, strict=True):
             layer.set_weights(bank.layers[origin].get_weights())
+            copy_trainable(bank.layers[origin], layer)
 
     def get_config(self):
         # As quantised as the experts are, so that what is made from it can load their weights.
@@ -115,7 +121,7 @@ class LayerExperts(CheckedExperts, keras.layers.Layer):
     def from_config(cls, config):
         # Of a copy: Keras empties the configuration of a functional model that it reads.
         layer = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]))
-        return cls(**{**config, "layer": layer})
+        return super().from_config({**config, "layer": layer})
 
 
 def _reseeded(config, number):

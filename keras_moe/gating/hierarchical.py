@@ -91,6 +91,7 @@ class HierarchicalGating(NoisyGating):
         self.supports_jit = static_shapes
 
     def build(self, input_shape):
+        super().build(input_shape)
         primary = (input_shape[-1], self.num_groups)
         secondary = (self.num_groups, input_shape[-1], self.experts_per_group)
         self.primary = self.add_kernel("primary", *primary)
@@ -106,6 +107,7 @@ class HierarchicalGating(NoisyGating):
             return self.add_kernel(name, *shape)
 
     def call(self, x, training=None, mask=None):
+        x, mask = self.examples(x, mask)
         noisy = training and self.noise
         logits = ops.matmul(x, self.primary)
         self.add_router_z_loss(logits, mask)

@@ -76,6 +76,7 @@ class HierarchicalBalancedGating(BalancedGating):
         self.k = check_pair(k, self.num_groups, self.experts_per_group)
 
     def build(self, input_shape):
+        super().build(input_shape)
         groups, width, members = self.num_groups, input_shape[-1], self.experts_per_group
         self.primary = self.add_kernel("primary", width, groups)
         self.primary_thresholds = self.add_kernel("primary_thresholds", groups)
@@ -83,6 +84,7 @@ class HierarchicalBalancedGating(BalancedGating):
         self.secondary_thresholds = self.add_kernel("secondary_thresholds", groups, members)
 
     def call(self, x, training=None, mask=None):
+        x, mask = self.examples(x, mask)
         logits = ops.matmul(x, self.primary)
         self.add_router_z_loss(logits, mask)
         scores, counted = scored(logits, mask)

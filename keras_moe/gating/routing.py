@@ -13,6 +13,7 @@ from keras import ops
 from keras_moe import losses
 from keras_moe.arguments import check_k, check_positive, check_size, check_weight
 from keras_moe.distribute.noise import ReplicaSeedGenerator
+from keras_moe.inputs import as_input, as_mask
 from keras_moe.saving import CheckedVariables
 
 
@@ -99,6 +100,14 @@ class Gating(CheckedVariables, keras.layers.Layer):
         self.router_z_loss_weight = check_weight("router_z_loss_weight", router_z_loss_weight)
         self.input_spec = keras.InputSpec(ndim=2)
         self.supports_masking = True
+
+    def build(self, input_shape):
+        self.input_spec = keras.InputSpec(ndim=2, axes={-1: input_shape[-1]})
+
+    def examples(self, x, mask):
+        """Returns what a call is given as float32 [T, D] and, unless `None`, bool [T]."""
+        x = as_input(self, x)
+        return x, as_mask(mask, x)
 
     def add_kernel(self, name, *shape):
         """Adds a kernel that starts at zero: an equal chance for all experts (appendix A)."""
@@ -195,9 +204,11 @@ class SoftmaxGating(Gating):
         return self.num_experts
 
     def build(self, input_shape):
+        super().build(input_shape)
         self.gate_kernel = self.add_kernel("gate_kernel", input_shape[-1], self.num_experts)
 
     def call(self, x, training=None, mask=None):
+        x, mask = self.examples(x, mask)
         logits = ops.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
         gates = softmax(logits, competing=logits)
@@ -243,12 +254,14 @@ class NoisyTopKGating(NoisyGating):
         self.k = check_k(k, self.num_experts)
 
     def build(self, input_shape):
+        super().build(input_shape)
         shape = (input_shape[-1], self.num_experts)
         self.gate_kernel = self.add_kernel("gate_kernel", *shape)
         if self.noise:
             self.noise_kernel = self.add_kernel("noise_kernel", *shape)
 
     def call(self, x, training=None, mask=None):
+        x, mask = self.examples(x, mask)
         noisy = training and self.noise
         logits = ops.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)

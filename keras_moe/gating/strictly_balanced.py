@@ -101,10 +101,12 @@ class StrictlyBalancedGating(BalancedGating):
         self.k = check_k(k, self.num_experts)
 
     def build(self, input_shape):
+        super().build(input_shape)
         self.gate_kernel = self.add_kernel("gate_kernel", input_shape[-1], self.num_experts)
         self.thresholds = self.add_kernel("thresholds", self.num_experts)
 
     def call(self, x, training=None, mask=None):
+        x, mask = self.examples(x, mask)
         logits = ops.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
         scores, counted = scored(logits, mask)

@@ -5,6 +5,8 @@ import tensorflow as tf
 from keras import ops
 
 from keras_moe.arguments import check_size
+from keras_moe.freezing import FreezableParts
+from keras_moe.inputs import as_input, as_mask
 from keras_moe.layers.product_attention import AdditiveAttention, ProductAttention
 from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 
@@ -12,7 +14,7 @@ ATTENTIONS = {"product": ProductAttention, "additive": AdditiveAttention}
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class AttentionLSTM(keras.layers.Layer):
+class AttentionLSTM(FreezableParts, keras.layers.Layer):
     """The first LSTM of the paper's decoder: gives attention its query and receives the context.
 
     context_t = attention(h_{t-1}, memory),   h_t, c_t = LSTM([x_t, context_t], h_{t-1}, c_{t-1})
@@ -56,6 +58,7 @@ class AttentionLSTM(keras.layers.Layer):
         policy = {"dtype": self.dtype_policy}
         self.cell = ProjectedLSTMCell(units, self.projection, **policy, name="cell")
         self.attention = ATTENTIONS[attention](self.projection, **policy, name="attention")
+        self.freeze_parts()
 
     def build(self, x_shape, source_shape):
         width = source_shape[-1]
@@ -63,7 +66,8 @@ class AttentionLSTM(keras.layers.Layer):
         self.cell.build((None, x_shape[-1] + width))
 
     def call(self, x, source, source_mask=None, return_attention_scores=False):
-        memory = self.attention.remember(source, source_mask)
+        x, source = as_input(self, x), as_input(self, source)
+        memory = self.attention.remember(source, as_mask(source_mask, source))
         size, length = ops.shape(x)[0], ops.shape(x)[1]
         steps = tf.TensorArray(x.dtype, length, element_shape=x.shape[:1] + x.shape[2:])
         steps = steps.unstack(ops.swapaxes(x, 0, 1))

@@ -7,6 +7,8 @@ import tensorflow as tf
 from keras import ops
 
 from keras_moe.arguments import check_size
+from keras_moe.freezing import FreezableParts
+from keras_moe.inputs import as_input, as_mask
 
 
 class Memory(NamedTuple):
@@ -24,7 +26,7 @@ class Memory(NamedTuple):
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class ProductAttention(keras.layers.Layer):
+class ProductAttention(FreezableParts, keras.layers.Layer):
     """Attention by a product of hidden units, instead of their sum (equation 22).
 
     A(x_i, y_j) = Σ_d v_d · tanh((x_i·U)_d) · tanh((y_j·W)_d), where x_i is a source step (a key)
@@ -83,8 +85,9 @@ class ProductAttention(keras.layers.Layer):
         self.scale = self.add_weight(name="scale", shape=(self.units,))
 
     def call(self, inputs, mask=None, return_attention_scores=False):
-        query, value, *_ = _checked(inputs)
-        query_mask, value_mask = (None, None) if mask is None else mask[:2]
+        query, value, *_ = inputs = [as_input(self, x) for x in _checked(inputs)]
+        masks = (None, None) if mask is None else mask[:2]
+        query_mask, value_mask = map(as_mask, masks, (query, value))
         context, weights = self.attend(query, self.remember(value, value_mask, inputs[-1]))
         if query_mask is not None:
             context = ops.where(query_mask[..., None], context, ops.zeros_like(context))
@@ -145,8 +148,12 @@ class AdditiveAttention(ProductAttention):
     `attention`, the layer of Keras, which has v in place of `scale`.
     """
 
-    def build_score(self):
+    def __init__(self, units, **kwargs):
+        super().__init__(units, **kwargs)
         self.attention = keras.layers.AdditiveAttention(dtype=self.dtype_policy)
+        self.freeze_parts()
+
+    def build_score(self):
         self.attention.build([(None, None, self.units)] * 2)
 
     def weigh(self, query, memory):

@@ -4,6 +4,8 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_size
+from keras_moe.freezing import FreezableParts
+from keras_moe.inputs import as_input, as_mask
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -47,19 +49,26 @@ class ProjectedLSTMCell(keras.layers.Layer):
         gates = 4 * self.units
         self.kernel = self.add_weight(name="kernel", shape=(input_shape[-1], gates))
         self.recurrent_kernel = self.add_weight(
-            name="recurrent_kernel", shape=(self.projection, gates), initializer="orthogonal"
+            name="recurrent_kernel",
+            shape=(self.projection, gates),
+            initializer=self._initial_recurrence,
         )
         self.bias = self.add_weight(name="bias", shape=(gates,), initializer=self._initial_bias)
         self.projection_kernel = self.add_weight(
             name="projection_kernel", shape=(self.units, self.projection)
         )
 
+    def _initial_recurrence(self, shape, dtype=None):
+        """Orthogonal, as in `keras.layers.LSTM`; the decomposition behind it has no bfloat16."""
+        exact = "float64" if dtype == "float64" else "float32"
+        return ops.cast(keras.initializers.Orthogonal()(shape, exact), dtype)
+
     def _initial_bias(self, shape, dtype=None):
         """Ones for the forget gate, the second of four, as in `keras.layers.LSTM`."""
         return ops.repeat(ops.array([0, 1, 0, 0], dtype), self.units)
 
     def call(self, x, states):
-        h, c = states
+        x, h, c = (as_input(self, value) for value in (x, *states))
         z = ops.matmul(x, self.kernel) + ops.matmul(h, self.recurrent_kernel) + self.bias
         i, f, g, o = ops.split(z, 4, axis=-1)
         c = ops.sigmoid(f) * c + ops.sigmoid(i) * ops.tanh(g)
@@ -71,7 +80,7 @@ class ProjectedLSTMCell(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class ProjectedLSTM(keras.layers.RNN):
+class ProjectedLSTM(FreezableParts, keras.layers.RNN):
     """LSTM with recurrent projection: `units` cells, of which the world sees `projection` values.
 
     The paper's LSTM-2048-512 and the LSTMs of MoE-143M (appendix C). See `ProjectedLSTMCell`.
@@ -101,12 +110,13 @@ class ProjectedLSTM(keras.layers.RNN):
     def __init__(self, units, projection, **kwargs):
         dtype = kwargs.get("dtype")
         super().__init__(ProjectedLSTMCell(units, projection, dtype=dtype, name="cell"), **kwargs)
+        self.freeze_parts()
+
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        sequences = as_input(self, sequences)
+        return super().call(sequences, initial_state, as_mask(mask, sequences), training)
 
     def get_config(self):
         config = super().get_config()
         del config["cell"]  # Made from the two sizes.
         return {**config, "units": self.cell.units, "projection": self.cell.projection}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)

@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_moe.arguments import check_size
+from keras_moe.inputs import as_input
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -45,6 +46,9 @@ class SampledSoftmax(keras.layers.Dense):
         self.num_sampled = num_sampled
         self.seed = seed
         self.supports_jit = num_sampled is None  # XLA has no log-uniform sampler.
+
+    def call(self, hidden, training=None):
+        return super().call(as_input(self, hidden), training=training)
 
     def sampled_loss(self, hidden, targets):
         """Estimates the cross-entropy: hidden [T, D] and targets [T] to float [T]."""

@@ -6,6 +6,7 @@ import keras
 
 from keras_moe.experts.feed_forward import FeedForwardExperts, is_bank
 from keras_moe.experts.layer_experts import LayerExperts
+from keras_moe.freezing import TRAINABLE_PARTS
 from keras_moe.gating.routing import NoisyTopKGating, SoftmaxGating
 from keras_moe.gating.strictly_balanced import BalancedGating, StrictlyBalancedGating
 
@@ -104,6 +105,8 @@ def make_shared_experts(bank, number):
     if number == 0:
         return None
     config = {**bank.get_config(), "num_experts": number, "name": "shared_experts"}
+    config |= {"trainable": True}  # A frozen bank is a trained one; these begin anew.
+    config.pop(TRAINABLE_PARTS, None)
     if "expert_parallel" in config:
         config["expert_parallel"] = False  # Every replica's examples need all of them.
     return type(bank).from_config(config)

@@ -10,7 +10,9 @@ from keras import ops
 from keras_moe import dispatch, losses
 from keras_moe.arguments import check_capacity_factor, check_size, check_weight
 from keras_moe.distribute import collectives
+from keras_moe.freezing import FreezableParts, call_once
 from keras_moe.gating.routing import check_routing
+from keras_moe.inputs import as_input, as_mask, check_positions, refuse_ragged
 from keras_moe.mixture.mix import mix
 from keras_moe.mixture.parts import (
     check_number,
@@ -22,7 +24,7 @@ from keras_moe.mixture.parts import (
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SparseMoE(keras.layers.Layer):
+class SparseMoE(FreezableParts, keras.layers.Layer):
     """Sparsely-gated mixture of experts (Shazeer et al., 2017, equation 1).
 
     y = Σ_i G(x)_i · E_i(x), at every position of the input: a gating network G picks K of the N
@@ -99,8 +101,8 @@ class SparseMoE(keras.layers.Layer):
             your own and don't.
 
     Call arguments:
-        x: Float tensor of rank 2 to 4, [..., D]: every position is an example. The width D has to
-            be known, all else may be unknown.
+        x: Tensor of rank 2 to 4, [..., D], dense or sparse: every position is an example. Whatever
+            its dtype, the layer computes in its own. D has to be known when the layer is built.
         training: Whether to add noise to the gating.
         mask: Boolean tensor [...] or `None`. A position with `False` reaches no expert, takes no
             part in the balance, and gives zeros.
@@ -188,6 +190,7 @@ class SparseMoE(keras.layers.Layer):
         if self.capacity_factor is not None:
             names.append("fraction_dropped")
         self._balance = {name: keras.metrics.Mean(name=f"{self.name}/{name}") for name in names}
+        self.freeze_parts()
 
     def _default_name(self):
         """Like Keras' own, which would be "sparse_mo_e" and stand in every log."""
@@ -206,42 +209,25 @@ class SparseMoE(keras.layers.Layer):
         )
 
     def __call__(self, x, *args, **kwargs):
-        self._refuse_ragged(x)  # Before Keras builds the layer, and also where `x` is symbolic.
+        refuse_ragged(self, x)  # Before Keras builds the layer, and also where `x` is symbolic.
         return super().__call__(x, *args, **kwargs)
 
     def build(self, input_shape):
-        self._check_shape(input_shape)
+        check_positions(self, input_shape)
         width = input_shape[-1]
         self.input_spec = keras.InputSpec(min_ndim=2, max_ndim=4, axes={-1: width})
         # By a symbolic call, since a part of the user's own may have no `build`.
         rows = keras.KerasTensor((None, width), self.compute_dtype)
         if not self.gating.built:
-            self.gating(rows)
+            call_once(self.gating, rows)
         if not self.experts.built:
-            self.experts(rows, keras.KerasTensor((self.num_experts,), "int32"))
+            call_once(self.experts, rows, keras.KerasTensor((self.num_experts,), "int32"))
         if self.shared_experts is not None and not self.shared_experts.built:
-            self.shared_experts(rows, keras.KerasTensor((self.num_shared_experts,), "int32"))
-
-    def _refuse_ragged(self, x):
-        if hasattr(x, "row_splits") or getattr(x, "ragged", False):
-            raise ValueError(
-                f"{type(self).__name__} takes no ragged input; give it `x.to_tensor()` and a mask. "
-                f"Received: {type(x).__name__} of shape {x.shape}"
-            )
-
-    def _check_shape(self, shape):
-        if not 2 <= len(shape) <= 4 or shape[-1] is None:
-            raise ValueError(
-                f"{type(self).__name__} takes inputs of rank 2 to 4 whose last dimension is known. "
-                f"Received: shape {tuple(shape)}"
-            )
-        if self.built and shape[-1] != self.input_spec.axes[-1]:
-            raise ValueError(
-                f"The layer was built for inputs of width {self.input_spec.axes[-1]}. "
-                f"Received: shape {tuple(shape)}"
-            )
+            numbers = keras.KerasTensor((self.num_shared_experts,), "int32")
+            call_once(self.shared_experts, rows, numbers)
 
     def call(self, x, training=None, mask=None):
+        x = as_input(self, x)
         examples, mask = self._flatten(x, mask)
         routing = self.gating(examples, training=training, mask=mask)
         check_routing(routing, self.num_experts)
@@ -277,13 +263,12 @@ class SparseMoE(keras.layers.Layer):
         """Returns the `Routing` of an input, the positions flattened to T examples.
 
         Args:
-            x: Float tensor [..., D], as for a call.
+            x: Tensor [..., D], as for a call, or an array or list.
             training: Whether to add noise.
             mask: Boolean tensor [...] or `None`.
         """
-        self._refuse_ragged(x)
-        x = ops.convert_to_tensor(x, self.compute_dtype)
-        self._check_shape(x.shape)
+        x = as_input(self, x)
+        check_positions(self, x.shape)
         if not self.built:
             self.build(x.shape)
         examples, mask = self._flatten(x, mask)
@@ -318,17 +303,7 @@ class SparseMoE(keras.layers.Layer):
         x_flat = ops.reshape(x, (-1, x.shape[-1]))
         if mask is None:
             return x_flat, None
-        mask = ops.convert_to_tensor(mask, "bool")
-        positions = x.shape[:-1]
-        if len(mask.shape) != len(positions) or any(
-            None not in sizes and sizes[0] != sizes[1]
-            for sizes in zip(mask.shape, positions, strict=True)
-        ):
-            raise ValueError(
-                "The mask must have one entry for each position of the input: its shape without "
-                f"the last dimension. Received: x of shape {x.shape}, mask of shape {mask.shape}"
-            )
-        mask = ops.reshape(mask, (-1,))
+        mask = ops.reshape(as_mask(mask, x), (-1,))
         # A zero in place of a NaN: 0·NaN would carry it into the gradients.
         return ops.where(mask[:, None], x_flat, ops.zeros_like(x_flat)), mask
 
@@ -382,7 +357,7 @@ class SparseMoE(keras.layers.Layer):
                 # Not built yet: `build` does that, also for a part without a `build` of its own.
                 unbuilt = {key: v for key, v in config[part].items() if key != "build_config"}
                 config[part] = keras.saving.deserialize_keras_object(unbuilt)
-        return cls(**config)
+        return super().from_config(config)
 
 
 # What `SparseMoE` hands on to its default bank.

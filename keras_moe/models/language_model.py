@@ -86,6 +86,7 @@ class LanguageModel(WordModel):
         self.lstms = [self._make_lstm(f"lstm_{i}") for i in range(self.num_lstms)]
         self.softmax = self.make_softmax(self.vocabulary_size, num_sampled, seed)
         self.dropout = keras.layers.Dropout(dropout, seed=seed, **policy)
+        self.freeze_parts()
 
     @classmethod
     def from_preset(cls, preset, vocabulary_size, width=None, **kwargs):
@@ -172,4 +173,4 @@ class LanguageModel(WordModel):
     @classmethod
     def from_config(cls, config):
         middle = keras.saving.deserialize_keras_object(config["middle"])
-        return cls(**{**config, "middle": middle})
+        return super().from_config({**config, "middle": middle})

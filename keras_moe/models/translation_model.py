@@ -116,6 +116,7 @@ class TranslationModel(WordModel):
         # In float32: scores of whole translations are sums of its log-probabilities.
         self.softmax = self.make_softmax(self.vocabulary_size, num_sampled, seed, "float32")
         self.dropout = keras.layers.Dropout(dropout, seed=seed, **policy)
+        self.freeze_parts()
 
     @classmethod
     def from_preset(cls, preset, vocabulary_size, width=None, **kwargs):
@@ -274,7 +275,7 @@ class TranslationModel(WordModel):
     def from_config(cls, config):
         parts = ("encoder_middle", "decoder_middle")
         middles = {p: keras.saving.deserialize_keras_object(config[p]) for p in parts}
-        return cls(**{**config, **middles})
+        return super().from_config({**config, **middles})
 
 
 def _pair(inputs):

@@ -4,12 +4,13 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from keras_moe.freezing import FreezableParts
 from keras_moe.layers import SampledSoftmax
 
 PADDING_ID = 0
 
 
-class WordModel(keras.Model):
+class WordModel(FreezableParts, keras.Model):
     """Layers with dropout and residual connections, and a softmax over words behind them.
 
     A subclass sets `dropout`, a layer, and `softmax`, a `SampledSoftmax`. Its call returns hidden

@@ -1,8 +1,8 @@
 """New layers made of trained ones: from dense layers to experts, to more experts, to fewer.
 
 Each function returns a new, built layer and leaves the layers it is given as they are. The name,
-the losses' weights and all else in the configuration carry over; the state of an optimizer does
-not, so compile the model that the new layer goes into anew.
+the losses' weights and all else in the configuration carry over, and what is frozen stays frozen;
+the state of an optimizer does not, so compile the model that the new layer goes into anew.
 """
 
 import operator
@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe.arguments import check_size, check_weight
+from keras_moe.freezing import TRAINABLE_PARTS, copy_trainable
 from keras_moe.mixture import inspection as observation
 from keras_moe.mixture.hierarchical_moe import HierarchicalMoE
 from keras_moe.mixture.sparse_moe import SparseMoE
@@ -69,6 +70,8 @@ def upcycle(layers, num_experts, k=4, **kwargs):
     kwargs = {"dtype": hidden[0].dtype_policy, **kwargs}
     moe = SparseMoE(num_experts, k=k, **determined, **kwargs)
     moe.build((None, hidden[0].kernel.shape[0]))
+    if not last.trainable:
+        moe.experts.trainable = False
     # One dense weight becomes N of a bank.
     for bank, layer in zip(moe.experts.kernels, layers, strict=True):
         bank.assign(ops.broadcast_to(layer.kernel, bank.shape))
@@ -219,6 +222,12 @@ def _check_chain(layers):
     elif len({layer.use_bias for layer in layers}) > 1:
         uses = [layer.use_bias for layer in layers]
         problem = f"All layers or none must have a bias. Received: use_bias {uses}"
+    elif len({layer.trainable for layer in layers}) > 1:
+        problem = (
+            "All layers or none must be frozen, as a bank of experts is. Set `trainable` of all "
+            "alike, and that of the new layer's parts afterwards. Received: trainable "
+            f"{[layer.trainable for layer in layers]}"
+        )
     elif any(layer.activation != hidden[0].activation for layer in hidden):
         activations = [keras.activations.serialize(layer.activation) for layer in hidden]
         problem = f"The hidden layers must have one activation. Received: {activations}"
@@ -251,6 +260,7 @@ def _rebuilt(layer, origins, k):
 
     # The parts of the user's own stand in the configuration as a whole, the others by arguments.
     config = layer.get_config()
+    config.pop(TRAINABLE_PARTS, None)  # Numbers of experts that won't be theirs.
     gating = _resized(layer.gating, sizes)
     if not hasattr(layer.experts, "copy_experts"):
         raise ValueError(
@@ -270,15 +280,19 @@ def _rebuilt(layer, origins, k):
     new = type(layer).from_config(config)
     new.build_from_config(layer.get_build_config())
     _copy_weights(layer.gating, new.gating, origins if grouped else experts)
+    copy_trainable(layer.gating, new.gating)
+    new.experts.trainable = layer.experts.trainable
     new.experts.copy_experts(layer.experts, experts)
     if layer.shared_experts is not None:
         new.shared_experts.set_weights(layer.shared_experts.get_weights())
+        copy_trainable(layer.shared_experts, new.shared_experts)
     return new
 
 
 def _resized(part, sizes):
     """The configuration of a gating layer or a bank, with other numbers of experts."""
     config = part.get_config()
+    config.pop(TRAINABLE_PARTS, None)
     resized = {name: size for name, size in sizes.items() if name in config}
     if not resized:
         raise ValueError(

@@ -1,0 +1,291 @@
+"""What Keras promises of a layer, every layer of the package keeps. `contract.py` names them."""
+
+import copy
+import operator
+import pickle
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from contract import CONTRACTS, public_layers
+from keras import ops
+from keras.ops import convert_to_numpy as numpy
+
+every_layer = pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS.keys())
+
+DTYPES = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
+DTYPES += ["float16", "bfloat16", "float64"]
+POLICIES = ["float64", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16"]
+
+
+def ones_and_zeros(contract):
+    """Inputs that every dtype holds."""
+    return [np.float32(x > 0) for x in contract.inputs()]
+
+
+def assert_equal(received, expected, **tolerance):
+    for one, other in zip(received, expected, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(np.float64(one), np.float64(other), **tolerance)
+
+
+def floats(tensors):
+    return [y for y in tensors if keras.backend.is_float_dtype(y.dtype)]
+
+
+def loss_and_gradients(contract, layer, inputs, training=None):
+    """The sum of the outputs' sines and of all losses; gradients by inputs and weights."""
+    weights = [weight.value for weight in layer.trainable_weights]
+    inputs = [tf.convert_to_tensor(x) for x in inputs]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = contract.outputs(layer, *inputs, training=training)
+        terms = [ops.sum(ops.sin(y)) for y in floats(outputs)] + layer.losses
+        loss = tf.add_n([tf.cast(term, "float32") for term in terms])
+    return loss, tape.gradient(loss, [*inputs, *weights], unconnected_gradients="zero")
+
+
+def test_every_public_layer_is_named():
+    assert public_layers() == {contract.cls for contract in CONTRACTS.values()}
+
+
+@every_layer
+def test_inputs_of_any_dtype_are_computed_in_that_of_the_layer(contract):
+    layer, x = contract.built(), ones_and_zeros(contract)
+    expected = contract.outputs(layer, *x)
+    for dtype in DTYPES:
+        received = contract.outputs(layer, *[tf.cast(array, dtype) for array in x])
+        assert_equal(received, expected, rtol=1e-5, atol=1e-6)
+    received = contract.outputs(layer, *map(np.int64, x))
+    assert_equal(received, expected, rtol=1e-5, atol=1e-6)
+    _, (*_, expected) = loss_and_gradients(contract, layer, x)
+    _, (*_, received) = loss_and_gradients(contract, layer, map(np.int32, x))
+    np.testing.assert_allclose(received, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_layer
+def test_inputs_are_converted_without_autocast_as_well(contract):
+    x = ones_and_zeros(contract)
+    expected = contract.outputs(contract.built(), *x)
+    layer = contract.built(autocast=False)
+    assert_equal(contract.outputs(layer, *map(np.float64, x)), expected, rtol=1e-5, atol=1e-6)
+
+
+@every_layer
+def test_sparse_inputs(contract):
+    layer, x = contract.built(), ones_and_zeros(contract)
+    expected = contract.outputs(layer, *x)
+    for dtype in ("float32", "int64"):
+        sparse = [tf.sparse.from_dense(array.astype(dtype)) for array in x]
+        assert_equal(contract.outputs(layer, *sparse), expected, rtol=1e-5, atol=1e-6)
+
+
+@every_layer
+def test_dtype_policies(contract):
+    if contract.only_float32:
+        for policy in POLICIES:
+            with pytest.raises(ValueError, match="float32"):
+                contract.make(dtype=policy)
+        return
+    x, exact = ones_and_zeros(contract), contract.built()
+    for policy in POLICIES:
+        layer = contract.built(dtype=policy)
+        # Equal weights choose equal experts: those that the lower precision holds.
+        weights = [tf.cast(tf.cast(w, layer.compute_dtype), "float32") for w in exact.get_weights()]
+        exact.set_weights(weights)
+        layer.set_weights(weights)
+        tolerance = {"float64": 1e-5, "float16": 2.0**-7, "bfloat16": 2.0**-4}[layer.compute_dtype]
+        received = contract.outputs(layer, *x)
+        for one, other in zip(received, contract.outputs(exact, *x), strict=True):
+            assert one.dtype == layer.compute_dtype
+            np.testing.assert_allclose(
+                np.float64(one), np.float64(other), rtol=0, atol=tolerance * np.abs(other).max()
+            )
+    # The last one, mixed_bfloat16, has two dtypes that could be mistaken for each other.
+    _, gradients = loss_and_gradients(contract, layer, x)
+    assert all(np.isfinite(np.float64(gradient)).all() for gradient in gradients)
+    layer.autocast = False
+    scale = max(np.abs(np.float64(y)).max() for y in received)
+    assert_equal(contract.outputs(layer, *x), received, rtol=0, atol=tolerance * scale)
+
+
+@every_layer
+def test_symbolic_calls_tell_shapes_and_dtypes(contract):
+    layer, x = contract.built(), contract.inputs()
+    eager = contract.outputs(layer, *x)
+    fixed = [keras.Input(batch_shape=shape) for shape in contract.shapes]
+    ways = [fixed, contract.symbolic(), contract.symbolic("int32"), contract.symbolic(sparse=True)]
+    for inputs in ways:
+        new = contract.make()  # built by this call
+        for one, other in zip(contract.outputs(new, *inputs), eager, strict=True):
+            assert one.dtype == keras.backend.standardize_dtype(other.dtype)
+            assert tf.TensorShape(one.shape).is_compatible_with(other.shape)
+            assert inputs is fixed or one.shape[-1] in (other.shape[-1], None)
+        assert [w.shape for w in new.weights] == [w.shape for w in layer.weights]
+
+
+@every_layer
+def test_configurations_and_pickles_make_the_same_layer(contract):
+    layer, x = contract.built(), contract.inputs()
+    config = layer.get_config()
+    again = contract.cls.from_config(config)
+    again.build_from_config(layer.get_build_config())
+    assert again.get_config() == config
+    again.set_weights(layer.get_weights())
+    for copied in (again, pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert copied.get_config() == config
+        assert_equal(contract.outputs(copied, *x), contract.outputs(layer, *x))
+
+
+def state(layer):
+    """What is to be trained: of each part, in any depth, and of each variable."""
+    parts = layer._flatten_layers()
+    parts = [p.trainable for p in parts if not isinstance(p, keras.layers.InputLayer)]
+    return parts, [weight.trainable for weight in layer.weights]
+
+
+def part_of(layer, path):
+    for name in path.split("."):
+        layer = layer[int(name)] if name.isdigit() else operator.attrgetter(name)(layer)
+    return layer
+
+
+@every_layer
+def test_frozen_stays_frozen(contract, tmp_path):
+    fresh = contract.built()
+    everything, shapes = state(fresh), fresh.get_build_config()
+
+    def built(layer):
+        layer.build_from_config(shapes)
+        return layer
+
+    assert not any(map(any, state(built(contract.make(trainable=False)))))
+
+    def freeze(layer):
+        layer.trainable = False
+
+    def freeze_part(path):
+        return lambda layer: freeze(part_of(layer, path))
+
+    def freeze_all_but_one(layer):
+        layer.trainable = False
+        part_of(layer, contract.parts[-1]).trainable = True
+
+    changes = [freeze_all_but_one, *map(freeze_part, contract.parts)] if contract.parts else []
+    for change in [*changes, freeze]:
+        before, after = contract.make(), built(contract.make())
+        change(before)
+        change(after)
+        wanted = state(after)
+        assert wanted != everything
+        assert state(built(before)) == wanted
+        copied = built(contract.cls.from_config(after.get_config()))
+        assert copied.get_config() == after.get_config()
+        assert state(copied) == wanted
+        # What never is trained, as the statistics of a normalization, stays as it is.
+        copied.trainable = not copied.trainable
+        copied.trainable = True
+        assert state(copied) == everything
+    assert not any(map(any, wanted))
+
+    assert state(pickle.loads(pickle.dumps(before))) == wanted
+    assert state(copy.deepcopy(before)) == wanted
+    change = changes[-1] if changes else freeze
+    after = built(contract.make())
+    change(after)
+    wanted = state(after)
+    inputs = contract.symbolic()
+    model = keras.Model(inputs, contract.outputs(after, *inputs))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for copied in (keras.models.clone_model(model), loaded):
+        (found,) = [part for part in copied.layers if type(part) is contract.cls]
+        assert state(found) == wanted
+        assert len(copied.trainable_weights) == sum(wanted[1])
+
+
+@every_layer
+def test_unknown_shapes(contract):
+    layer, x = contract.built(), [tf.constant(array) for array in contract.inputs()]
+    masks = {
+        name: tf.constant(np.random.default_rng(i).random(contract.shapes[i][:-1]) < 0.7)
+        for name, i in contract.masks.items()
+    }
+    of_x = [tf.TensorSpec([None] * len(shape)) for shape in contract.shapes]
+    # Of masks not even the rank is known; of inputs it has to be, as for any layer of Keras.
+    for given in [{}, masks] if masks else [{}]:
+        specs = {name: tf.TensorSpec(None, "bool") for name in given}
+        call = tf.function(
+            lambda x, masks: contract.outputs(layer, *x, **masks),
+            input_signature=[of_x, specs],
+            autograph=False,
+        )
+        expected = contract.outputs(layer, *x, **given)
+        assert_equal(call(x, given), expected, rtol=1e-5, atol=1e-6)
+        for narrower in set(range(len(x))) - set(contract.any_width):
+            wrong = [tensor[..., i == narrower :] for i, tensor in enumerate(x)]
+            with pytest.raises(tf.errors.InvalidArgumentError):
+                call(wrong, given)
+
+
+@every_layer
+def test_fit_takes_a_step_on_data_of_unknown_shape(contract):
+    layer = contract.built()
+    inputs = contract.symbolic()
+    first, *_ = floats(contract.outputs(layer, *inputs))
+    model = keras.Model(inputs, first)
+    model.compile("sgd", lambda y, predicted: ops.mean(ops.sin(predicted)))
+
+    def unknown(*tensors):
+        x = []
+        for tensor in tensors:
+            x.append(tf.numpy_function(lambda value: value, [tensor], tensor.dtype))
+            x[-1].set_shape([None] * len(tensor.shape))
+        return (tuple(x) if len(x) > 1 else x[0]), x[0][:, :1]
+
+    data = tf.data.Dataset.from_tensors(tuple(contract.inputs())).map(unknown)
+    before = [numpy(weight) for weight in layer.trainable_weights]
+    history = model.fit(data, verbose=0, shuffle=False).history
+    assert np.isfinite(history["loss"]).all()
+    after = [numpy(weight) for weight in layer.trainable_weights]
+    assert all(np.isfinite(weight).all() for weight in after)
+    assert any((one != other).any() for one, other in zip(before, after, strict=True))
+
+
+@every_layer
+def test_second_derivatives(contract):
+    assert_twice_differentiable(contract, training=False)
+    if contract.twice_in_training:
+        assert_twice_differentiable(contract, training=True)
+
+
+def assert_twice_differentiable(contract, training):
+    layer, x = contract.built(), [tf.constant(array) for array in contract.inputs()]
+    beginning = [(variable, numpy(variable)) for variable in layer.variables]
+    rng = np.random.default_rng(3)
+    sources = [*x, *layer.trainable_weights]
+    direction = [np.float32(rng.normal(size=source.shape)) for source in sources]
+
+    def gradients(step):
+        """The gradients that many steps along the direction, drawing the same noise."""
+        for variable, value in beginning:
+            variable.assign(value)
+        for weight, along in zip(layer.trainable_weights, direction[len(x) :], strict=True):
+            weight.assign_add(step * along)
+        moved = [tensor + step * along for tensor, along in zip(x, direction, strict=False)]
+        return loss_and_gradients(contract, layer, moved, training)[1]
+
+    weights = [weight.value for weight in layer.trainable_weights]
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        first = gradients(0.0)
+        slope = tf.add_n([tf.reduce_sum(g * d) for g, d in zip(first, direction, strict=True)])
+    second = tape.gradient(slope, [*x, *weights], unconnected_gradients="zero")
+    # The Hessian is symmetric: its product with the direction is how the gradients change along it.
+    step = 3e-4
+    ahead, behind = gradients(step), gradients(-step)
+    for received, one, other in zip(second, ahead, behind, strict=True):
+        expected = (np.float64(one) - np.float64(other)) / (2 * step)
+        tolerance = 2e-2 * max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(received, expected, rtol=0, atol=tolerance)
