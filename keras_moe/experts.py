@@ -21,7 +21,7 @@ from keras_moe.blocks import block_by_block
 from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.initializers import PerExpert
 from keras_moe.quantized import Int8Kernels
-from keras_moe.recomputation import recomputed
+from keras_moe.recomputation import recomputed, recomputing
 from keras_moe.saving import CheckedVariables
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
@@ -197,6 +197,12 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         if in_blocks:
             return block_by_block(function, rows, rows_per_expert, banks)
         return function(rows, *banks)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Under `keras.RematScope` as with `recompute`."""
+        if super().rematerialized_call(layer_call, *args, **kwargs) is layer_call:
+            return layer_call
+        return recomputing(layer_call, [self])
 
     def _in_one_loop(self, rows_per_expert):
         width = self.kernels[-1].shape[-1]

@@ -88,6 +88,10 @@ class LayerExperts(CheckedExperts, keras.layers.Layer):
         experts = zip(self.layers, pieces, strict=True)
         return grouped.join([self._call_expert(layer, piece) for layer, piece in experts], rest)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Under `keras.RematScope` each expert is recomputed for itself, which keeps its losses."""
+        return layer_call
+
     def _call_expert(self, layer, piece):
         num_rows = ops.shape(piece)[0]
         filler = ops.zeros((ops.maximum(1 - num_rows, 0), piece.shape[-1]), piece.dtype)
