@@ -22,6 +22,7 @@ from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.initializers import PerExpert
 from keras_moe.quantized import Int8Kernels
 from keras_moe.recomputation import recomputed, recomputing
+from keras_moe.regularizers import of_each_expert
 from keras_moe.saving import CheckedVariables
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
@@ -64,8 +65,9 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         kernel_initializer: Initializer of each expert's matrices [D, F], …: every expert is drawn
             for itself, with the fans of its own matrix.
         bias_initializer: Initializer of each expert's biases.
-        kernel_regularizer: Regularizer of the kernels.
-        bias_regularizer: Regularizer of the biases.
+        kernel_regularizer: Regularizer of each matrix of each expert: the loss is their sum. Of a
+            gated hidden layer both matrices by themselves.
+        bias_regularizer: Regularizer of each bias of each expert.
         recompute: Whether the backward pass computes the hidden activations again instead of
             storing them (appendix D): memory for time.
         static_shapes: Whether to compute in shapes that the shape of `rows` alone determines, as
@@ -165,7 +167,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
                         name=name,
                         shape=shape,
                         initializer=PerExpert(self.kernel_initializer, i, halves),
-                        regularizer=self.kernel_regularizer,
+                        regularizer=of_each_expert(self.kernel_regularizer, halves),
                     )
                 )
             if self.use_bias:
@@ -174,7 +176,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
                         name=f"bias_{i}",
                         shape=(self.num_experts, halves * units),
                         initializer=PerExpert(self.bias_initializer, i, halves),
-                        regularizer=self.bias_regularizer,
+                        regularizer=of_each_expert(self.bias_regularizer, halves),
                     )
                 )
         for variable in (*self.kernels, *self.biases):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import threading
 
 import keras
 from keras import ops
@@ -91,8 +92,8 @@ class SparseMoE(CountsBalance, OwnLosses, keras.layers.Layer):
             strategy nothing changes. Experts of your own: a bank made with `expert_parallel`.
         kernel_initializer: Initializer of each expert's kernels.
         bias_initializer: Initializer of each expert's biases.
-        kernel_regularizer: Regularizer of the experts' kernels.
-        bias_regularizer: Regularizer of the experts' biases.
+        kernel_regularizer: Regularizer of each expert's kernels.
+        bias_regularizer: Regularizer of each expert's biases.
         seed: Integer, seed of the gating's noise.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
@@ -159,7 +160,7 @@ class SparseMoE(CountsBalance, OwnLosses, keras.layers.Layer):
         self.seed = seed
         self.supports_masking = True
 
-        self._record = None
+        self._recording = threading.local()
         self._gating_name = gating if isinstance(gating, str) else None
         self.gating = self._make_gating(gating, k)
         self.k = getattr(self.gating, "k", k)
@@ -261,8 +262,8 @@ class SparseMoE(CountsBalance, OwnLosses, keras.layers.Layer):
         examples, mask = self._flatten(x, mask)
         routing = self.gating(examples, training=training, mask=mask)
         check_routing(routing, self.num_experts)
-        if self._record is not None:
-            self._record(routing)
+        for routings in getattr(self._recording, "lists", ()):
+            routings.append(routing)
         drops = training and self.capacity_factor is not None
         with self._unrecorded():
             y, fraction_dropped = mix(
@@ -289,11 +290,11 @@ class SparseMoE(CountsBalance, OwnLosses, keras.layers.Layer):
     def _refuse_losses(self):
         if added_losses(self):
             raise ValueError(
-                "Inside of `tf.recompute_grad` or `keras.remat` the balance losses only have "
-                f"gradients where the input of {self.name!r} is an argument of the recomputed "
-                "function; recompute what is before the layer apart, and the layer's experts by "
-                "`recompute=True`, or set the weights of all its losses to 0. Received: an input "
-                "that the function computes"
+                "Inside of `tf.recompute_grad`, `keras.remat` or a model made in a "
+                f"`keras.RematScope` the losses of {self.name!r} only have gradients where its "
+                "input is an argument of what is recomputed; recompute what is before the layer "
+                "apart, and the layer's experts by `recompute=True`, or set the weights of all its "
+                "losses to 0. Received: an input that is computed inside"
             )
 
     def _capacity(self, routing, num_examples):
@@ -325,7 +326,7 @@ class SparseMoE(CountsBalance, OwnLosses, keras.layers.Layer):
 
     @contextlib.contextmanager
     def recorded_routings(self):
-        """Collects the `Routing` of every call that a model makes of this layer.
+        """Collects the `Routing` of every call that a model makes of this layer in this thread.
 
         Call the model eagerly inside (`model(x)`, not `model.predict(x)`): a graph would give
         symbolic tensors.
@@ -340,12 +341,12 @@ class SparseMoE(CountsBalance, OwnLosses, keras.layers.Layer):
         Yields:
             A list, to which each call appends.
         """
-        routings = []
-        self._record = routings.append
+        routings, before = [], getattr(self._recording, "lists", ())
+        self._recording.lists = (*before, routings)
         try:
             yield routings
         finally:
-            self._record = None
+            self._recording.lists = before
 
     def _flatten(self, x, mask):
         """[..., D] and [...] to [T, D] and [T]."""
@@ -408,19 +409,27 @@ class SparseMoE(CountsBalance, OwnLosses, keras.layers.Layer):
             config["gating"] = keras.saving.serialize_keras_object(self.gating)
         # A bank in int8 can't be made by the arguments of this layer.
         if not self._feed_forward or self.experts.quantization_mode is not None:
-            return {**config, "experts": keras.saving.serialize_keras_object(self.experts)}
+            parts = {"experts": self.experts, "shared_experts": self.shared_experts}
+            serialize = keras.saving.serialize_keras_object
+            return config | {name: serialize(p) for name, p in parts.items() if p is not None}
         bank = self.experts.get_config()
         return {**config, **{name: bank[name] for name in _FEED_FORWARD_ARGUMENTS}}
 
     @classmethod
     def from_config(cls, config):
         config = dict(config)
-        for part in ("gating", "experts"):
+        for part in ("gating", "experts", "shared_experts"):
             if isinstance(config.get(part), dict):
                 # Not built yet: `build` does that, also for a part without a `build` of its own.
                 unbuilt = {key: v for key, v in config[part].items() if key != "build_config"}
                 config[part] = keras.saving.deserialize_keras_object(unbuilt)
-        return cls(**config)
+        shared_experts = config.pop("shared_experts", None)
+        if shared_experts is None:
+            return cls(**config)
+        layer = cls(**{**config, "num_shared_experts": 0})
+        layer.num_shared_experts = shared_experts.num_experts
+        layer.shared_experts = shared_experts
+        return layer
 
 
 # What `SparseMoE` hands on to its default bank.
