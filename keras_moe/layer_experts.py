@@ -135,7 +135,9 @@ class LayerExperts(CheckedExperts, keras.layers.Layer):
         config["config"]["name"] = self._template["config"]["name"]
         before, changes = _changeable(self._template), {}
         for name, now in _changeable(config).items():
-            new = {key: value for key, value in now.items() if value != before.get(name, {}).get(key)}
+            # A Sequential has a layer more once it is built, for its input.
+            old = before.get(name, now)
+            new = {key: value for key, value in now.items() if value != old.get(key)}
             if new:
                 changes[name] = new
         return changes

@@ -81,10 +81,12 @@ def copies(model, folder):
 
 
 @pytest.mark.parametrize(
-    ("enable", "shared"), [(every_one, 0), (some, 0), (every_one, 1), (some, 2), (the_shared, 1)]
+    ("enable", "shared", "expert"),
+    [(every_one, 1, expert) for expert in EXPERTS]
+    + [(some, 2, expert) for expert in EXPERTS]
+    + [(every_one, 0, dense), (the_shared, 1, sequential)],
 )
-@every_expert
-def test_loaded_and_cloned(expert, enable, shared, tmp_path):
+def test_loaded_and_cloned(enable, shared, expert, tmp_path):
     model, x = model_of(expert, enable, shared), examples()
     expected, layer = numpy(model(x)), model.get_layer("moe")
     for loaded in copies(model, tmp_path):
@@ -151,7 +153,9 @@ def test_quantized(enable, first, tmp_path):
         bank = loaded.get_layer("moe").experts
         assert lora(bank) == lora(model.get_layer("moe").experts)
         assert {part.quantization_mode for part in sum(denses(bank), [])} == {"int8"}
-        np.testing.assert_allclose(loaded(x), model(x), atol=0.05)
+        # The merged kernel is quantized anew: a weight is off by 1/127 of the largest or so.
+        y = numpy(model(x))
+        np.testing.assert_allclose(loaded(x), y, atol=0.05 * np.abs(y).max())
     grown = keras_moe.grow(model.get_layer("moe"), 8, k=4)
     assert lora(grown.experts) == 2 * lora(model.get_layer("moe").experts)
     np.testing.assert_allclose(grown(x), model(x), rtol=1e-4, atol=1e-4)
