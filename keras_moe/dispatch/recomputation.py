@@ -1,5 +1,7 @@
 """Memory for time: functions that the backward pass computes again (appendix D of the paper)."""
 
+import functools
+
 import tensorflow as tf
 
 
@@ -27,6 +29,23 @@ def recomputed(function, forward=None):
 
     # Not variables: a custom gradient would have to answer for each that it reads.
     return lambda *arguments: call(*map(tf.convert_to_tensor, arguments))
+
+
+def recomputing(layer_call, banks):
+    """A layer's call, during which banks of experts recompute."""
+
+    @functools.wraps(layer_call)
+    def call(*args, **kwargs):
+        before = [bank.recompute for bank in banks]
+        try:
+            for bank in banks:
+                bank.recompute = True
+            return layer_call(*args, **kwargs)
+        finally:
+            for bank, recompute in zip(banks, before, strict=True):
+                bank.recompute = recompute
+
+    return call
 
 
 def _after(upstream, x):

@@ -18,11 +18,12 @@ from keras import ops
 from keras_moe.arguments import check_size
 from keras_moe.dispatch import grouped_products as grouped
 from keras_moe.dispatch.blocks import block_by_block
-from keras_moe.dispatch.recomputation import recomputed
+from keras_moe.dispatch.recomputation import recomputed, recomputing
 from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.experts.initializers import PerExpert
 from keras_moe.experts.int8 import Int8Kernels
 from keras_moe.inputs import as_input, as_numbers
+from keras_moe.regularizers import of_each_expert
 from keras_moe.saving import CheckedVariables
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
@@ -65,8 +66,9 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         kernel_initializer: Initializer of each expert's matrices [D, F], …: every expert is drawn
             for itself, with the fans of its own matrix.
         bias_initializer: Initializer of each expert's biases.
-        kernel_regularizer: Regularizer of the kernels.
-        bias_regularizer: Regularizer of the biases.
+        kernel_regularizer: Regularizer of each matrix of each expert: the loss is their sum. Of a
+            gated hidden layer both matrices by themselves.
+        bias_regularizer: Regularizer of each bias of each expert.
         recompute: Whether the backward pass computes the hidden activations again instead of
             storing them (appendix D): memory for time.
         static_shapes: Whether to compute in shapes that the shape of `rows` alone determines, as
@@ -167,7 +169,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
                         name=name,
                         shape=shape,
                         initializer=PerExpert(self.kernel_initializer, i, halves),
-                        regularizer=self.kernel_regularizer,
+                        regularizer=of_each_expert(self.kernel_regularizer, halves),
                     )
                 )
             if self.use_bias:
@@ -176,7 +178,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
                         name=f"bias_{i}",
                         shape=(self.num_experts, halves * units),
                         initializer=PerExpert(self.bias_initializer, i, halves),
-                        regularizer=self.bias_regularizer,
+                        regularizer=of_each_expert(self.bias_regularizer, halves),
                     )
                 )
         for variable in (*self.kernels, *self.biases):
@@ -205,6 +207,12 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         if in_blocks:
             return block_by_block(function, rows, rows_per_expert, banks)
         return function(rows, *banks)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Under `keras.RematScope` as with `recompute`."""
+        if super().rematerialized_call(layer_call, *args, **kwargs) is layer_call:
+            return layer_call
+        return recomputing(layer_call, [self])
 
     def _in_one_loop(self, rows_per_expert):
         width = self.kernels[-1].shape[-1]

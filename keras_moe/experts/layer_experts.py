@@ -1,15 +1,18 @@
 """Experts that are any Keras layers: `LayerExperts`."""
 
+import contextlib
 import copy
 
 import keras
 from keras import ops
 
+from keras_moe import in_memory
 from keras_moe.arguments import check_size
 from keras_moe.dispatch import grouped_products as grouped
 from keras_moe.experts.initializers import derived_seeds
 from keras_moe.freezing import FreezableParts, call_once, copy_trainable
 from keras_moe.inputs import as_input, as_numbers
+from keras_moe.own_losses import layers_by_name
 from keras_moe.saving import CheckedExperts
 
 
@@ -53,21 +56,28 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
     """
 
     def __init__(self, num_experts, layer, **kwargs):
+        changes = kwargs.pop("changes", None)  # of each expert, from `get_config`
         super().__init__(**kwargs)
         self.num_experts = check_size("num_experts", num_experts)
         if not isinstance(layer, keras.layers.Layer):
             raise ValueError(f"`layer` must be a Keras layer or model. Received: {layer!r}")
-        self._template = keras.saving.serialize_keras_object(layer)
+        self._template = _unshared(keras.saving.serialize_keras_object(layer))
         if not isinstance(layer, keras.Model):
             self._template.pop("build_config", None)  # Another input may be as wide as it likes.
-        self.layers = [self._clone(i) for i in range(self.num_experts)]
+        self._made_with = changes
+        with contextlib.nullcontext() if changes else in_memory.trusted():
+            self.layers = [self._clone(i) for i in range(self.num_experts)]
         self.supports_jit = False  # The number of rows of an expert depends on the data.
         self.freeze_parts()
 
     def _clone(self, i):
-        clone = _reseeded(self._template, i)
+        clone = self._config(i)
         clone["config"]["name"] += f"_{i}"
         return keras.saving.deserialize_keras_object(clone)
+
+    def _config(self, i):
+        config = _reseeded(self._template, i)
+        return _with_changes(config, self._made_with[i]) if self._made_with else config
 
     def build(self, rows_shape):
         self.input_spec = keras.InputSpec(min_ndim=2, max_ndim=3, axes={-1: rows_shape[-1]})
@@ -80,6 +90,8 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
                 f"Received: {layer.name!r}, which turns {rows.shape} into {y.shape}"
             )
         self.output_dim = y.shape[1]
+        for i, layer in enumerate(self.layers):
+            _keep_lora_alpha(layer, self._config(i))
         for variable in self.weights:
             # By it optimizers know them. An expert that is a mixture itself has set it already.
             variable.expert_rank = getattr(variable, "expert_rank", len(variable.shape))
@@ -92,6 +104,10 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
         *pieces, rest = grouped.split(rows, rows_per_expert)
         experts = zip(self.layers, pieces, strict=True)
         return grouped.join([self._call_expert(layer, piece) for layer, piece in experts], rest)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Under `keras.RematScope` each expert is recomputed for itself, which keeps its losses."""
+        return layer_call
 
     def _call_expert(self, layer, piece):
         num_rows = ops.shape(piece)[0]
@@ -111,17 +127,47 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
             copy_trainable(bank.layers[origin], layer)
 
     def get_config(self):
-        # As quantised as the experts are, so that what is made from it can load their weights.
-        expert = keras.saving.serialize_keras_object(self.layers[0])
-        expert["config"]["name"] = self._template["config"]["name"]
-        layer = _with_policies(self._template, _policies(expert))
-        return {**super().get_config(), "num_experts": self.num_experts, "layer": layer}
+        # The experts as they are, so that what is made from it can load their weights.
+        changes = [self._changes(layer) for layer in self.layers]
+        config = {**super().get_config(), "num_experts": self.num_experts, "layer": self._template}
+        if all(change == changes[0] for change in changes):
+            config["layer"] = _with_changes(self._template, changes[0])
+        else:
+            config["changes"] = changes
+        return config
+
+    def _changes(self, layer):
+        """What an expert has that it was not cloned with: dict by the names of the layers in it."""
+        config = keras.saving.serialize_keras_object(layer)
+        config["config"]["name"] = self._template["config"]["name"]
+        before, changes = _changeable(self._template), {}
+        for name, now in _changeable(config).items():
+            # A Sequential has a layer more once it is built, for its input.
+            old = before.get(name, now)
+            new = {key: value for key, value in now.items() if value != old.get(key)}
+            if new:
+                changes[name] = new
+        return changes
 
     @classmethod
     def from_config(cls, config):
         # Of a copy: Keras empties the configuration of a functional model that it reads.
         layer = keras.saving.deserialize_keras_object(copy.deepcopy(config["layer"]))
+        _keep_lora_alpha(layer, config["layer"])
         return super().from_config({**config, "layer": layer})
+
+
+def _unshared(config):
+    """A copy of a configuration without what makes one object of all that is made from it.
+
+    While Keras loads a model it marks what it sees twice, and tells objects apart by their place in
+    memory, which may have had another one before (checked with Keras 3.15).
+    """
+    if isinstance(config, dict):
+        return {k: _unshared(value) for k, value in config.items() if k != "shared_object_id"}
+    if isinstance(config, (list, tuple)):
+        return type(config)(_unshared(value) for value in config)
+    return config
 
 
 def _reseeded(config, number):
@@ -138,24 +184,41 @@ def _reseeded(config, number):
     return config
 
 
-def _policies(config):
-    """What `quantize` changes in the configurations of layers, by the name of the layer."""
+# What `quantize` and `enable_lora` change in the configuration of a layer.
+_CHANGEABLE = ("dtype", "quantization_config", "lora_rank", "lora_alpha", "changes")
+
+
+def _changeable(config):
+    """What of the configurations of layers may change, by the name of the layer."""
     if isinstance(config, (list, tuple)):
-        return {name: policy for value in config for name, policy in _policies(value).items()}
+        return {name: found for value in config for name, found in _changeable(value).items()}
     if not isinstance(config, dict):
         return {}
-    found = _policies(list(config.values()))
-    if "name" in config:
-        keys = ("dtype", "quantization_config")
-        found[str(config["name"])] = {key: config[key] for key in keys if key in config}
+    found = _changeable(list(config.values()))
+    if _is_of_layer(config):
+        found[str(config["name"])] = {key: config[key] for key in _CHANGEABLE if key in config}
     return found
 
 
-def _with_policies(config, policies):
-    """A copy of a configuration, each layer in it with the policies of its name."""
+def _is_of_layer(config):
+    # In a functional model the entry around a layer's configuration has the name as well.
+    return "name" in config and "class_name" not in config
+
+
+def _with_changes(config, changes):
+    """A copy of a configuration, each layer in it with the changes of its name."""
     if isinstance(config, dict):
-        own = policies.get(str(config.get("name")), {})
-        return {key: _with_policies(value, policies) for key, value in config.items()} | own
+        own = changes.get(str(config["name"]), {}) if _is_of_layer(config) else {}
+        return {key: _with_changes(value, changes) for key, value in config.items()} | own
     if isinstance(config, (list, tuple)):
-        return type(config)(_with_policies(value, policies) for value in config)
+        return type(config)(_with_changes(value, changes) for value in config)
     return config
+
+
+def _keep_lora_alpha(layer, config):
+    """Sets what Keras forgets when it builds a layer with LoRA (3.15): it takes the rank again."""
+    found = _changeable(config)
+    for name, part in layers_by_name(layer, keras.layers.Layer).items():
+        alpha = found.get(config["config"]["name"] if part is layer else name, {}).get("lora_alpha")
+        if alpha is not None and getattr(part, "lora_enabled", False):
+            part.lora_alpha = alpha

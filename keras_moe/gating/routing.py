@@ -14,6 +14,7 @@ from keras_moe import losses
 from keras_moe.arguments import check_k, check_positive, check_size, check_weight
 from keras_moe.distribute.noise import ReplicaSeedGenerator
 from keras_moe.inputs import as_input, as_mask
+from keras_moe.own_losses import OwnLosses
 from keras_moe.saving import CheckedVariables
 
 
@@ -86,7 +87,7 @@ def check_routing(routing, num_experts):
             )
 
 
-class Gating(CheckedVariables, keras.layers.Layer):
+class Gating(OwnLosses, CheckedVariables, keras.layers.Layer):
     """What all gating layers share: the number of experts, float32, and the router z-loss."""
 
     def __init__(self, num_experts, router_z_loss_weight=0.0, **kwargs):
@@ -108,6 +109,10 @@ class Gating(CheckedVariables, keras.layers.Layer):
         """Returns what a call is given as float32 [T, D] and, unless `None`, bool [T]."""
         x = as_input(self, x)
         return x, as_mask(mask, x)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Under `keras.RematScope` nothing is computed again: it would draw other noise."""
+        return layer_call
 
     def add_kernel(self, name, *shape):
         """Adds a kernel that starts at zero: an equal chance for all experts (appendix A)."""

@@ -25,7 +25,7 @@ class BalancedGating(Gating):
             thresholds: float32 tensor [N] or [T, N].
             counted: Boolean tensor [T, 1], whether an example counts.
             kept: Boolean tensor [T, N], M_batchwise, or `None` outside training. With it
-                L_batchwise is added.
+                L_batchwise is added, unless its weight is 0.
 
         Returns:
             The choices, int32 [T, K], in decreasing order of the gates, and the gates [T, K].
@@ -33,10 +33,8 @@ class BalancedGating(Gating):
         chosen = ops.logical_and(counted, scores > thresholds)
         if kept is not None:
             above, chosen = chosen, kept
-            sign = ops.cast(above, scores.dtype) - ops.cast(chosen, scores.dtype)
-            disagreement = ops.where(sign == 0, 0.0, sign * (scores - thresholds))
-            loss = self.batchwise_loss_weight * ops.sum(disagreement)
-            self.add_loss(losses.in_floatx(loss))
+            if self.batchwise_loss_weight:
+                self._add_batchwise_loss(above, chosen, scores, thresholds)
 
         # By multiplication: an example with NaN keeps it to itself.
         kept_scores = scores * ops.cast(chosen, scores.dtype)
@@ -46,6 +44,11 @@ class BalancedGating(Gating):
         ordered = ops.where(ops.isnan(gates), -1.0, gates)  # NaN has no order.
         gates, index = ops.top_k(ordered, scores.shape[-1] if self.static_shapes else most)
         return ops.cast(index, "int32"), ops.where(gates < 0, float("nan"), gates)
+
+    def _add_batchwise_loss(self, above, chosen, scores, thresholds):
+        sign = ops.cast(above, scores.dtype) - ops.cast(chosen, scores.dtype)
+        disagreement = ops.where(sign == 0, 0.0, sign * (scores - thresholds))
+        self.add_loss(losses.in_floatx(self.batchwise_loss_weight * ops.sum(disagreement)))
 
     def get_config(self):
         return {

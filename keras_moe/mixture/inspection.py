@@ -7,19 +7,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe.mixture.sparse_moe import SparseMoE
+from keras_moe.own_losses import layers_by_name
 
 
 def mixtures(model):
     """The `SparseMoE` layers of a model by name, numbered where several have the same."""
-    mixtures = {}
-    # Private, but nothing public finds the layers inside other layers (checked with Keras 3.15).
-    for layer in model._flatten_layers():
-        if isinstance(layer, SparseMoE):
-            name, number = layer.name, 0
-            while name in mixtures:
-                number += 1
-                name = f"{layer.name}_{number}"
-            mixtures[name] = layer
+    mixtures = layers_by_name(model, SparseMoE)
     if not mixtures:
         raise ValueError(
             "The model must have a SparseMoE layer; one that the model makes in its `build` is "

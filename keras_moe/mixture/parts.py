@@ -4,6 +4,7 @@ import inspect
 
 import keras
 
+from keras_moe import in_memory
 from keras_moe.experts.feed_forward import FeedForwardExperts, is_bank
 from keras_moe.experts.layer_experts import LayerExperts
 from keras_moe.freezing import TRAINABLE_PARTS
@@ -109,7 +110,9 @@ def make_shared_experts(bank, number):
     config.pop(TRAINABLE_PARTS, None)
     if "expert_parallel" in config:
         config["expert_parallel"] = False  # Every replica's examples need all of them.
-    return type(bank).from_config(config)
+    config.pop("changes", None)  # Those of single experts of the other bank.
+    with in_memory.trusted():
+        return type(bank).from_config(config)
 
 
 def check_number(part, name, number):

@@ -3,13 +3,17 @@
 import contextlib
 import functools
 import math
+import threading
 
 import keras
 from keras import ops
 
-from keras_moe import dispatch, losses
+from keras_moe import dispatch, losses, outer_recomputation
 from keras_moe.arguments import check_capacity_factor, check_size, check_weight
+from keras_moe.balance_metric import CountsBalance
+from keras_moe.dispatch.recomputation import recomputing
 from keras_moe.distribute import collectives
+from keras_moe.experts.feed_forward import FeedForwardExperts
 from keras_moe.freezing import FreezableParts, call_once
 from keras_moe.gating.routing import check_routing
 from keras_moe.inputs import as_input, as_mask, check_positions, refuse_ragged
@@ -21,10 +25,11 @@ from keras_moe.mixture.parts import (
     make_gating,
     make_shared_experts,
 )
+from keras_moe.own_losses import OwnLosses, added_losses
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SparseMoE(FreezableParts, keras.layers.Layer):
+class SparseMoE(FreezableParts, CountsBalance, OwnLosses, keras.layers.Layer):
     """Sparsely-gated mixture of experts (Shazeer et al., 2017, equation 1).
 
     y = Σ_i G(x)_i · E_i(x), at every position of the input: a gating network G picks K of the N
@@ -45,9 +50,10 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
 
     The logs of `fit` and `evaluate` show the balance of the experts, averaged over the batches:
     `<layer>/cv_importance`, `<layer>/cv_load` and `<layer>/max_over_mean_load`, the columns of
-    Table 6 in the paper; with a capacity also `<layer>/fraction_dropped`. Any call with `training`
-    given updates them, so leave it out of a model's call that you export by hand, as
-    `model.export` does.
+    Table 6 in the paper; with a capacity also `<layer>/fraction_dropped`. A call with `training`
+    given counts once `losses` of the layer, or of the model around it, are read: so training and
+    evaluation do, and neither `predict` nor a call by a callback changes what `fit` logs. In a loop
+    of a graph, as of `keras.layers.RNN`, every call counts that has `training` given.
 
     Args:
         num_experts: N, the number of experts.
@@ -88,8 +94,8 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
             strategy nothing changes. Experts of your own: a bank made with `expert_parallel`.
         kernel_initializer: Initializer of each expert's kernels.
         bias_initializer: Initializer of each expert's biases.
-        kernel_regularizer: Regularizer of the experts' kernels.
-        bias_regularizer: Regularizer of the experts' biases.
+        kernel_regularizer: Regularizer of each expert's kernels.
+        bias_regularizer: Regularizer of each expert's biases.
         seed: Integer, seed of the gating's noise.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
@@ -109,7 +115,7 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
 
     Returns:
         Tensor [..., output_dim] in the compute dtype. `losses` then holds the weighted importance
-        loss and load loss, in that order, then any other.
+        loss and load loss, in that order, then any other. With both weights 0 neither is there.
 
     Raises:
         ValueError: If a size is not an integer of at least 1, K not between 1 and N, a loss weight
@@ -156,7 +162,7 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
         self.seed = seed
         self.supports_masking = True
 
-        self._record = None
+        self._recording = threading.local()
         self._gating_name = gating if isinstance(gating, str) else None
         self.gating = self._make_gating(gating, k)
         self.k = getattr(self.gating, "k", k)
@@ -189,7 +195,7 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
         names = ["cv_importance", "cv_load", "max_over_mean_load"]
         if self.capacity_factor is not None:
             names.append("fraction_dropped")
-        self._balance = {name: keras.metrics.Mean(name=f"{self.name}/{name}") for name in names}
+        self.log_balance(names)
         self.freeze_parts()
 
     def _default_name(self):
@@ -210,7 +216,18 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
 
     def __call__(self, x, *args, **kwargs):
         refuse_ragged(self, x)  # Before Keras builds the layer, and also where `x` is symbolic.
-        return super().__call__(x, *args, **kwargs)
+        with outer_recomputation.recording(x):
+            return super().__call__(x, *args, **kwargs)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Under `keras.RematScope` the backward pass computes the experts again, and no more.
+
+        Keras would run all of `call` again: the balance losses would have no gradient.
+        """
+        if super().rematerialized_call(layer_call, *args, **kwargs) is layer_call:
+            return layer_call
+        banks = [self.experts, self.shared_experts]
+        return recomputing(layer_call, [bank for bank in banks if hasattr(bank, "recompute")])
 
     def build(self, input_shape):
         check_positions(self, input_shape)
@@ -231,22 +248,40 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
         examples, mask = self._flatten(x, mask)
         routing = self.gating(examples, training=training, mask=mask)
         check_routing(routing, self.num_experts)
-        if self._record is not None:
-            self._record(routing)
+        for routings in getattr(self._recording, "lists", ()):
+            routings.append(routing)
         drops = training and self.capacity_factor is not None
-        y, fraction_dropped = mix(
-            self.experts,
-            examples,
-            routing,
-            training=bool(training),
-            capacity=functools.partial(self._capacity, routing) if drops else None,
-            expert_parallel=self.expert_parallel,
-        )
-        y = ops.cast(y, self.compute_dtype)
-        if self.shared_experts is not None:
-            y += self._call_shared_experts(examples, mask)
+        with self._unrecorded():
+            y, fraction_dropped = mix(
+                self.experts,
+                examples,
+                routing,
+                training=bool(training),
+                capacity=functools.partial(self._capacity, routing) if drops else None,
+                expert_parallel=self.expert_parallel,
+            )
+            y = ops.cast(y, self.compute_dtype)
+            if self.shared_experts is not None:
+                y += self._call_shared_experts(examples, mask)
         self._add_balance(routing, fraction_dropped, training)
+        if training and outer_recomputation.is_lost():
+            self._refuse_losses()
         return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
+
+    def _unrecorded(self):
+        """Where others recompute the layer, they do the experts; whose losses must be recorded."""
+        adds_losses = not isinstance(self.experts, FeedForwardExperts)
+        return contextlib.nullcontext() if adds_losses else outer_recomputation.unrecorded()
+
+    def _refuse_losses(self):
+        if added_losses(self):
+            raise ValueError(
+                "Inside of `tf.recompute_grad`, `keras.remat` or a model made in a "
+                f"`keras.RematScope` the losses of {self.name!r} only have gradients where its "
+                "input is an argument of what is recomputed; recompute what is before the layer "
+                "apart, and the layer's experts by `recompute=True`, or set the weights of all its "
+                "losses to 0. Received: an input that is computed inside"
+            )
 
     def _capacity(self, routing, num_examples):
         # Of pairs the product; a gating of the user's own need not have the attribute.
@@ -276,7 +311,7 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
 
     @contextlib.contextmanager
     def recorded_routings(self):
-        """Collects the `Routing` of every call that a model makes of this layer.
+        """Collects the `Routing` of every call that a model makes of this layer in this thread.
 
         Call the model eagerly inside (`model(x)`, not `model.predict(x)`): a graph would give
         symbolic tensors.
@@ -291,12 +326,12 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
         Yields:
             A list, to which each call appends.
         """
-        routings = []
-        self._record = routings.append
+        routings, before = [], getattr(self._recording, "lists", ())
+        self._recording.lists = (*before, routings)
         try:
             yield routings
         finally:
-            self._record = None
+            self._recording.lists = before
 
     def _flatten(self, x, mask):
         """[..., D] and [...] to [T, D] and [T]."""
@@ -312,15 +347,19 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
         balance = ops.stack([routing.importance, routing.load])
         importance, load = ops.unstack(collectives.all_sum(balance))
         cv2_importance, cv2_load = losses.cv_squared(importance), losses.cv_squared(load)
-        self.add_loss(losses.in_floatx(self.importance_loss_weight * cv2_importance))
-        self.add_loss(losses.in_floatx(self.load_loss_weight * cv2_load))
+        if self.importance_loss_weight or self.load_loss_weight:
+            self.add_loss(losses.in_floatx(self.importance_loss_weight * cv2_importance))
+            self.add_loss(losses.in_floatx(self.load_loss_weight * cv2_load))
         if training is None:
             return  # A bare call or `model.export`; `fit`, `evaluate` and `predict` say which.
-        self._balance["cv_importance"].update_state(ops.sqrt(cv2_importance))
-        self._balance["cv_load"].update_state(ops.sqrt(cv2_load))
-        self._balance["max_over_mean_load"].update_state(losses.max_over_mean(load))
+        balance = {
+            "cv_importance": ops.sqrt(cv2_importance),
+            "cv_load": ops.sqrt(cv2_load),
+            "max_over_mean_load": losses.max_over_mean(load),
+        }
         if fraction_dropped is not None:
-            self._balance["fraction_dropped"].update_state(fraction_dropped)
+            balance["fraction_dropped"] = fraction_dropped
+        self.add_to_balance(balance)
 
     def compute_output_shape(self, input_shape):
         width = self.experts.compute_output_shape((None, input_shape[-1]))[-1]
@@ -345,19 +384,27 @@ class SparseMoE(FreezableParts, keras.layers.Layer):
             config["gating"] = keras.saving.serialize_keras_object(self.gating)
         # A bank in int8 can't be made by the arguments of this layer.
         if not self._feed_forward or self.experts.quantization_mode is not None:
-            return {**config, "experts": keras.saving.serialize_keras_object(self.experts)}
+            parts = {"experts": self.experts, "shared_experts": self.shared_experts}
+            serialize = keras.saving.serialize_keras_object
+            return config | {name: serialize(p) for name, p in parts.items() if p is not None}
         bank = self.experts.get_config()
         return {**config, **{name: bank[name] for name in _FEED_FORWARD_ARGUMENTS}}
 
     @classmethod
     def from_config(cls, config):
         config = dict(config)
-        for part in ("gating", "experts"):
+        for part in ("gating", "experts", "shared_experts"):
             if isinstance(config.get(part), dict):
                 # Not built yet: `build` does that, also for a part without a `build` of its own.
                 unbuilt = {key: v for key, v in config[part].items() if key != "build_config"}
                 config[part] = keras.saving.deserialize_keras_object(unbuilt)
-        return super().from_config(config)
+        shared_experts = config.pop("shared_experts", None)
+        if shared_experts is None:
+            return super().from_config(config)
+        layer = super().from_config({**config, "num_shared_experts": 0})
+        layer.num_shared_experts = shared_experts.num_experts
+        layer.shared_experts = shared_experts
+        return layer
 
 
 # What `SparseMoE` hands on to its default bank.

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe import in_memory
 from keras_moe.arguments import check_size, check_weight
 from keras_moe.freezing import TRAINABLE_PARTS, copy_trainable
 from keras_moe.mixture import inspection as observation
@@ -253,6 +254,11 @@ def _units(layer):
 
 def _rebuilt(layer, origins, k):
     """A layer like `layer`, part i of which (an expert, or a group) is a copy of origins[i]."""
+    with in_memory.trusted():
+        return _rebuilt_in_memory(layer, origins, k)
+
+
+def _rebuilt_in_memory(layer, origins, k):
     _, unit_size = _units(layer)
     experts = [unit_size * i + j for i in origins for j in range(unit_size)]
     sizes = {"num_groups": len(origins), "num_experts": len(experts)}
@@ -275,7 +281,10 @@ def _rebuilt(layer, origins, k):
     elif "k" in gating:
         config["k"] = gating["k"]
     if "experts" in config:
-        config["experts"] = type(layer.experts).from_config(_resized(layer.experts, sizes))
+        bank = _resized(layer.experts, sizes)
+        if "changes" in bank:
+            bank["changes"] = [bank["changes"][i] for i in experts]
+        config["experts"] = type(layer.experts).from_config(bank)
 
     new = type(layer).from_config(config)
     new.build_from_config(layer.get_build_config())

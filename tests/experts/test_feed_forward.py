@@ -4,7 +4,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import WIDTH, assert_agrees, examples, random_hierarchical, with_random_weights
+from helpers import (
+    WIDTH,
+    assert_agrees,
+    examples,
+    numpy,
+    random_hierarchical,
+    with_random_weights,
+)
 from reference_experts import GATED_ACTIVATIONS
 
 from keras_moe import FeedForwardExperts, SparseMoE
@@ -164,3 +171,44 @@ def test_config_carries_what_came_later():
     bank = FeedForwardExperts(3, 4, **options)
     assert options.items() <= bank.get_config().items()
     assert FeedForwardExperts.from_config(bank.get_config()).get_config() == bank.get_config()
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_regularizers_of_matrices_get_each_matrix(activation, factor):
+    regularizer = keras.regularizers.OrthogonalRegularizer(0.1)
+    layer = SparseMoE(
+        3,
+        4,
+        k=2,
+        activation=activation,
+        use_bias=True,
+        kernel_regularizer=regularizer,
+        bias_regularizer=lambda bias: keras.ops.max(bias) + len(bias.shape),
+        capacity_factor=factor,
+    )
+    with_random_weights(layer)
+    matrices, biases = [], []
+    for i, (kernel, bias) in enumerate(
+        zip(layer.experts.kernels, layer.experts.biases, strict=True)
+    ):
+        # A gated hidden layer has two matrices side by side.
+        halves = 2 if activation == "swiglu" and i == 0 else 1
+        matrices.append(sum(regularizer(m) for k in numpy(kernel) for m in np.split(k, halves, 1)))
+        biases.append(sum(b.max() + 1 for v in numpy(bias) for b in np.split(v, halves)))
+    *_, first, first_bias, last, last_bias = layer.losses
+    np.testing.assert_allclose([first, last], matrices, rtol=1e-5)
+    np.testing.assert_allclose([first_bias, last_bias], biases, rtol=1e-5)
+    model = keras.Sequential([keras.Input((WIDTH,)), layer])
+    model.compile("sgd", "mse", jit_compile=factor is not None)
+    before = numpy(layer.experts.kernels[1]).copy()
+    model.fit(np.zeros((8, WIDTH)), np.zeros((8, WIDTH)), verbose=0)
+    # Rows of zeros have no gradient of their own, so that what moves the kernels is this.
+    assert np.any(numpy(layer.experts.kernels[1]) != before)
+
+
+def test_l2_of_a_bank_is_that_of_all_its_entries():
+    bank = FeedForwardExperts(3, 4, kernel_regularizer=keras.regularizers.L2(0.5))
+    bank.build((None, WIDTH))
+    expected = [0.5 * np.square(numpy(kernel)).sum() for kernel in bank.kernels]
+    np.testing.assert_allclose(bank.losses, expected, rtol=1e-6)

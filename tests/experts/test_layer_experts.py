@@ -14,7 +14,9 @@ from helpers import (
     with_random_weights,
 )
 from keras.ops import convert_to_numpy as numpy
+from keras.src.saving.serialization_lib import ObjectSharingScope
 
+import keras_moe
 from keras_moe import LayerExperts, NoisyTopKGating, SparseMoE
 
 HIDDEN = 4
@@ -221,3 +223,47 @@ def test_mixed_precision():
     layer = SparseMoE(3, experts=sequential(dtype="float32"), k=2, dtype="mixed_bfloat16")
     y = layer(np.ones((2, 3, WIDTH)), training=True)
     assert y.dtype == tf.bfloat16
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_experts_with_a_lambda_layer(inputs, tmp_path):
+    parts = [keras.layers.Dense(WIDTH), keras.layers.Lambda(lambda x: x * 2)]
+    expert = keras.Sequential([keras.Input((WIDTH,)), *parts] if inputs else parts)
+    layer = SparseMoE(3, experts=expert, k=2, num_shared_experts=1)
+    model = keras.Sequential([keras.Input((WIDTH,)), layer])
+    x = examples()
+    # By hand: twice what the Dense layers give, times the gates; expert 2 gets nothing.
+    routing = layer.route(x)
+    assert not np.any(numpy(routing.expert_index) == 2)
+    dense = [bank.layers[0] for bank in (*layer.experts.layers[:2], *layer.shared_experts.layers)]
+    expected = dense[0](x) + dense[1](x) + 2 * dense[2](x)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-5)
+    layer.gating.gate_kernel.assign(np.random.default_rng(0).normal(size=(WIDTH, 3)))
+    for new in (keras_moe.grow(layer, 6, k=4), keras_moe.prune(layer, [2, 0, 1])):
+        np.testing.assert_allclose(new(x), model(x), rtol=1e-5, atol=1e-5)
+
+    # In files Keras' own rules hold.
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="safe_mode=False"):
+        keras.models.load_model(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", safe_mode=False)
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
+def test_a_file_cannot_smuggle_a_function_in_as_a_change_of_single_experts():
+    layer = LayerExperts(2, keras.layers.Dense(WIDTH))
+    layer.build((None, WIDTH))
+    function = keras.saving.serialize_keras_object(keras.layers.Lambda(lambda x: x))
+    config = layer.get_config()
+    name = config["layer"]["config"]["name"]
+    changes = [{name: {"quantization_config": function}}, {}]
+    with pytest.raises(ValueError, match="safe_mode=False"):
+        LayerExperts.from_config({**config, "changes": changes})
+
+
+def test_experts_are_layers_of_their_own_while_keras_shares_objects():
+    expert = sequential()
+    with ObjectSharingScope():  # as `load_model` does
+        banks = [LayerExperts(3, expert) for _ in range(2)]
+    assert len({id(layer) for bank in banks for layer in bank.layers}) == 6
+    assert "shared_object_id" not in str(banks[1].get_config())

@@ -1,5 +1,7 @@
 """SparseMoE as a layer among others: fit, masks, logs, saving, export."""
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -185,3 +187,19 @@ def test_routings_inside_a_model_are_recorded():
 def test_default_names_read_well():
     keras.backend.clear_session()
     assert [SparseMoE(4, 8).name for _ in range(2)] == ["sparse_moe", "sparse_moe_1"]
+
+
+def test_recordings_are_of_their_own_thread_and_may_be_nested():
+    layer = SparseMoE(4, 8, k=2)
+    x = np.ones((3, WIDTH), "float32")
+    layer(x)
+    with layer.recorded_routings() as outer:
+        thread = threading.Thread(target=lambda: layer(np.ones((5, WIDTH), "float32")))
+        thread.start()
+        thread.join()
+        with layer.recorded_routings() as inner:
+            layer(x)
+        layer(x)
+    layer(x)
+    assert [len(routing.gates) for routing in inner] == [3]
+    assert [len(routing.gates) for routing in outer] == [3, 3]

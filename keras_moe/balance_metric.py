@@ -1,0 +1,100 @@
+"""What the logs of a model show of how evenly a mixture uses its experts."""
+
+import weakref
+
+import keras
+from keras import ops
+
+from keras_moe.own_losses import called_model, current_graph, layers_by_name
+
+
+class CountsBalance:
+    """Counts the balance of a layer's calls once the losses of these calls are read.
+
+    A class that a layer inherits from before `OwnLosses`. Training and evaluation read the losses;
+    `predict` does not, nor do most callbacks that call a model in between, whose calls are to
+    leave the logs of `fit` as they are.
+    """
+
+    def log_balance(self, names):
+        """Makes the metric, of the given names."""
+        self._balance = Balance(self.name, names)
+        self._uncounted = _Uncounted()
+
+    def add_to_balance(self, values):
+        """Gives the metric the values of a call, a dict."""
+        self._balance_has_own_name()
+        if current_graph() is self._uncounted.graph:
+            self._uncounted.calls.append(values)
+        else:  # A loop or a branch, which the values cannot leave.
+            self._balance.update_state(values)
+
+    def on_call_begins(self):
+        self._uncounted.begin(current_graph())
+
+    def on_losses_read(self):
+        if current_graph() is self._uncounted.graph:
+            for values in self._uncounted.calls:
+                self._balance.update_state(values)
+            self._uncounted.calls.clear()
+
+    def _balance_has_own_name(self):
+        """Names the metrics of a model apart where layers have equal names, as in two clones."""
+        model = called_model()
+        if model is None or self._uncounted.named_for() is model:
+            return
+        self._uncounted.named_for = weakref.ref(model)
+        layers = layers_by_name(model, CountsBalance)
+        names = [layer.name for layer in layers.values()]
+        for name, layer in layers.items():
+            if names.count(layer.name) > 1:
+                layer._balance.layer_name = name
+
+
+class _Uncounted:
+    """The values of the calls that are not in the metric yet, and the graph that they are of."""
+
+    def __init__(self):
+        self.named_for = lambda: None
+        self.begin(None)
+
+    def begin(self, graph):
+        self.graph = graph
+        self.calls = []
+
+
+class Balance(keras.metrics.Metric):
+    """Several numbers, averaged over the batches.
+
+    A single metric for all of them, whose result is a dict: `evaluate` lists a layer's metrics once
+    for each layer around it, but the entries of a dict once.
+
+    Args:
+        layer_name: What the names of the numbers begin with.
+        names: List of the names.
+
+    Attributes:
+        layer_name: May be set later.
+    """
+
+    def __init__(self, layer_name, names, **kwargs):
+        super().__init__(**{"name": f"{layer_name}/balance", **kwargs})
+        self.layer_name = layer_name
+        self.names = names
+        shape = (len(names),)
+        self.total = self.add_variable(shape, "zeros", name="total")
+        self.count = self.add_variable(shape, "zeros", name="count")
+
+    def update_state(self, values):
+        """Adds the values of a batch, a dict; a name that is not in it has none in this batch."""
+        counts = [float(name in values) for name in self.names]
+        values = [ops.cast(values.get(name, 0.0), self.dtype) for name in self.names]
+        self.total.assign_add(ops.stack(values))
+        self.count.assign_add(ops.convert_to_tensor(counts, self.dtype))
+
+    def result(self):
+        """Returns a dict from `<layer>/<name>` to the average, 0 where there is none."""
+        means = ops.unstack(ops.divide_no_nan(self.total.value, self.count.value))
+        return {
+            f"{self.layer_name}/{name}": mean for name, mean in zip(self.names, means, strict=True)
+        }

@@ -1,0 +1,80 @@
+"""What a layer knows of the model around it: who calls it, and whether its losses are read.
+
+What this needs of Keras and is not public stands in this one file; checked with Keras 3.15. A model
+finds the layers inside other layers by `_flatten_layers`, reads the losses of each by its
+`_get_own_losses`, and begins a call with its `_clear_losses`. The outermost call is kept in
+Keras' global state.
+"""
+
+import tensorflow as tf
+from keras.src.backend.common import global_state
+
+
+class OwnLosses:
+    """Tells a layer when its losses are read, and refuses to give losses that nobody can read.
+
+    A class that a layer inherits from before `keras.layers.Layer`. A loss that was added inside a
+    loop, a branch or a function of a graph is a tensor of that alone.
+    """
+
+    def on_call_begins(self):
+        """Called when the model, or the layer by itself, is called anew."""
+
+    def on_losses_read(self):
+        """Called when whoever has called the model reads its losses, as training does."""
+
+    def _clear_losses(self):
+        super()._clear_losses()
+        self.on_call_begins()
+
+    def _get_own_losses(self):
+        losses = super()._get_own_losses()
+        for loss in losses:
+            _check_can_be_read(loss, self)
+        self.on_losses_read()
+        return losses
+
+
+def added_losses(layer):
+    """The losses that a layer and all layers in it have added; not those of regularizers."""
+    return [loss for part in layer._flatten_layers() for loss in part._losses]
+
+
+def called_model():
+    """The model, or layer, whose call all else that is being called is a part of, or `None`."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    return None if context is None else context.entry_layer
+
+
+def layers_by_name(model, kind):
+    """The layers of a class inside a model by name, numbered where several have the same."""
+    layers = {}
+    for layer in model._flatten_layers():
+        if isinstance(layer, kind):
+            name, number = layer.name, 0
+            while name in layers:
+                number += 1
+                name = f"{layer.name}_{number}"
+            layers[name] = layer
+    return layers
+
+
+def current_graph():
+    """The graph that is being traced here; `None` where operations run at once."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _check_can_be_read(loss, layer):
+    reader, owner = current_graph(), getattr(loss, "graph", None)
+    if reader is None or owner is None:
+        return
+    while reader is not None:
+        if reader is owner:
+            return
+        reader = getattr(reader, "outer_graph", None)
+    raise ValueError(
+        f"The losses of {layer.name!r} cannot leave the loop or branch that calls it, as that of "
+        "`keras.layers.RNN`; set the weights of all its losses to 0, or let the loop be unrolled, "
+        f"as by `keras.layers.RNN(cell, unroll=True)`. Received: {loss.name} of the graph "
+        f"{owner.name!r}"
+    )

@@ -1,0 +1,140 @@
+"""Losses that cannot be read, and layers that add none: loops, branches, weights of 0."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import WIDTH, every_layer, examples, numpy, with_random_weights
+
+from keras_moe import SparseMoE
+
+NO_LOSSES = {"importance_loss_weight": 0.0, "load_loss_weight": 0.0}
+SEQUENCES = np.random.default_rng(0).normal(size=(8, 5, WIDTH)).astype("float32")
+
+
+class Cell(keras.layers.Layer):
+    """A recurrent cell around a mixture."""
+
+    state_size = output_size = WIDTH
+
+    def __init__(self, moe):
+        super().__init__()
+        self.moe = moe
+
+    def build(self, shape):
+        self.moe.build((None, WIDTH))
+
+    def call(self, x, states, training=None):
+        h = keras.ops.tanh(x + self.moe(states[0], training=training))
+        return h, [h]
+
+
+def recurrent(moe, **options):
+    model = keras.Sequential([keras.Input((5, WIDTH)), keras.layers.RNN(Cell(moe), **options)])
+    model.compile("sgd", "mse")
+    return model
+
+
+@every_layer
+def test_a_layer_without_losses_works_in_a_recurrent_cell(make):
+    moe = with_random_weights(make(**NO_LOSSES, name="moe"))
+    moe.gating.batchwise_loss_weight = 0.0
+    model = recurrent(moe)
+    before = [numpy(kernel).copy() for kernel in moe.experts.kernels]
+    with warnings.catch_warnings():
+        # L_batchwise alone has a gradient for thresholds.
+        warnings.filterwarnings("ignore", message="Gradients do not exist.*thresholds")
+        logs = model.fit(SEQUENCES, SEQUENCES[:, 0], verbose=0).history
+    assert all(np.any(k != b) for k, b in zip(moe.experts.kernels, before, strict=True))
+    assert logs["moe/max_over_mean_load"][0] >= 1.0
+    logs = model.evaluate(SEQUENCES, SEQUENCES[:, 0], verbose=0, return_dict=True)
+    assert logs["moe/max_over_mean_load"] >= 1.0
+    assert model.predict(SEQUENCES, verbose=0).shape == (8, WIDTH)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"importance_loss_weight": 0.0},
+        {"load_loss_weight": 0.0},
+        {**NO_LOSSES, "router_z_loss_weight": 0.1},
+        {**NO_LOSSES, "gating": "strictly_balanced"},
+    ],
+    ids=str,
+)
+def test_losses_in_a_recurrent_cell_are_refused_when_they_are_read(options):
+    model = recurrent(SparseMoE(4, 8, k=2, **options))
+    message = "cannot leave the loop.* set the weights of all its losses to 0, or .*unroll=True"
+    with pytest.raises(ValueError, match=message):
+        model.fit(SEQUENCES, SEQUENCES[:, 0], verbose=0)
+
+
+def test_losses_that_nobody_reads_are_not_refused():
+    model = recurrent(SparseMoE(4, 8, k=2))
+    assert model.predict(SEQUENCES, verbose=0).shape == (8, WIDTH)
+
+
+def test_losses_in_an_unrolled_cell_are_those_of_all_steps():
+    cell = Cell(SparseMoE(4, 8, k=2))
+    model = keras.Sequential([keras.Input((2, WIDTH)), keras.layers.RNN(cell, unroll=True)])
+    model.compile("sgd", "mse")
+    model.fit(SEQUENCES[:, :2], SEQUENCES[:, 0], verbose=0)
+    model(SEQUENCES[:, :2], training=True)
+    assert len(model.losses) == 2 * 2
+
+
+def test_losses_in_a_branch_are_refused_when_they_are_read():
+    layer = with_random_weights(SparseMoE(4, 8, k=2))
+
+    class Branch(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.moe = layer
+
+        def call(self, x, training=None):
+            return tf.cond(tf.reduce_sum(x) > 0, lambda: self.moe(x, training=training), lambda: x)
+
+    branch = Branch()
+
+    @tf.function
+    def step(x, read):
+        y = branch(x, training=True)
+        return y, (tf.add_n(branch.losses) if read else 0.0)
+
+    step(tf.constant(examples()), read=False)
+    with pytest.raises(ValueError, match="cannot leave the loop or branch"):
+        step(tf.constant(examples()), read=True)
+
+
+def test_losses_are_read_inside_a_loop_within_the_graph_that_they_are_of():
+    layer = with_random_weights(SparseMoE(4, 8, k=2))
+
+    @tf.function
+    def total(x):
+        layer(x, training=True)
+        return tf.while_loop(
+            lambda i, s: i < 3, lambda i, s: (i + 1, s + tf.add_n(layer.losses)), (0, 0.0)
+        )[1]
+
+    x = tf.constant(examples())
+    layer(x, training=False)
+    assert np.isfinite(total(x))
+
+
+@every_layer
+@pytest.mark.parametrize("training", [True, False])
+def test_with_weights_of_zero_no_loss_is_added(make, training):
+    layer = with_random_weights(make(**NO_LOSSES))
+    layer.gating.batchwise_loss_weight = 0.0
+    layer(examples(), training=training)
+    assert layer.losses == []
+
+
+def test_a_single_weight_of_zero_keeps_the_order_of_the_losses():
+    layer = with_random_weights(SparseMoE(4, 8, k=2, importance_loss_weight=0.0))
+    layer(examples(), training=True)
+    importance, load = layer.losses
+    assert importance == 0.0 and load > 0.0
