@@ -20,7 +20,7 @@ from keras_moe.models import LanguageModel, beam_search, generate
 POLICIES = ("float64", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
 # Rounding of numbers of about 1 in each precision, several times over.
 TOLERANCE = {"float64": 1e-5, "bfloat16": 0.1, "float16": 0.02}
-IDS = ("uint8", "int8", "uint16", "int16", "uint32", "int64", "uint64", "float32", "float64")
+IDS = ("uint8", "uint16", "int16", "uint32", "int64", "float32", "float64")
 
 
 @pytest.fixture(params=["float64", "bfloat16", "float16"])
@@ -75,10 +75,9 @@ def test_a_model_with_mixtures_works_in_any_precision(name, policy, tmp_path):
     check(make(name, middle=True, dtype=policy), name, tmp_path)
 
 
-@pytest.mark.parametrize("policy", ["float64", "float16", "mixed_float16"])
-@pytest.mark.parametrize("name", MODELS)
-def test_words_are_sampled_in_any_precision(name, policy, tmp_path):
-    check(make(name, num_sampled=5, dtype=policy), name, tmp_path)
+@pytest.mark.parametrize("policy", ["float64", "float16"])
+def test_words_are_sampled_in_any_precision(policy, tmp_path):
+    check(make("language", num_sampled=5, dtype=policy), "language", tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -177,8 +176,9 @@ def test_attention_is_as_precise_as_float64():
 
 
 @pytest.mark.parametrize("ids", IDS)
-@pytest.mark.parametrize("num_sampled", [None, 5])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "num_sampled"), [("language", None), ("language", 5), ("translation", None)]
+)
 def test_ids_are_taken_in_any_type(name, num_sampled, ids):
     results = []
     for dtype in ("int32", ids):

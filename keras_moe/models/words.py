@@ -34,15 +34,18 @@ def weights_of_words(sample_weight, targets):
     if sample_weight is None:
         return None
     weights = ops.cast(ops.convert_to_tensor(sample_weight), keras.config.floatx())
-    if len(weights.shape) == 1:
-        weights = weights[:, None]  # Else they would be broadcast along the words.
-    known = zip(weights.shape, targets.shape, strict=False)
-    if len(weights.shape) != 2 or any(None not in (w, n) and w not in (1, n) for w, n in known):
+    # Of unknown rank where the same step had weights of texts before and has those of words now.
+    shape = weights.shape if weights.shape.rank is not None else (None, None)
+    fits = all(w in (n, 1, None) or n is None for w, n in zip(shape, targets.shape, strict=False))
+    if len(shape) not in (1, 2) or not fits:
         raise ValueError(
             "`sample_weight` must have a weight for each text, [B], or for each word, [B, L]. "
-            f"Received: shape {tuple(sample_weight.shape)} for targets {tuple(targets.shape)}"
+            f"Received: shape {tuple(shape)} for targets {tuple(targets.shape)}"
         )
-    return ops.broadcast_to(weights, ops.shape(targets))
+    # By the number of texts: else those of [B] would be broadcast along the words.
+    size, number = ops.shape(targets)[0], ops.size(weights)
+    columns = ops.maximum(number // ops.maximum(size, 1), 1)
+    return ops.broadcast_to(ops.reshape(weights, (size, columns)), ops.shape(targets))
 
 
 def table_of_weights(class_weight, vocabulary_size):
