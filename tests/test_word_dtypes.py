@@ -40,8 +40,9 @@ def check(model, name, tmp_path):
     before = model.evaluate(x, TARGETS, verbose=0, return_dict=True)
     of_words = losses(model, name)
     np.testing.assert_allclose(before["perplexity"], np.exp(of_words.sum() / 9), rtol=5e-3)
+    weights, held_out = np.array([1.0, 2.0, 0.5]), (x, TARGETS)
     history = model.fit(
-        x, TARGETS, sample_weight=[1.0, 2.0, 0.5], validation_data=(x, TARGETS), verbose=0
+        x, TARGETS, sample_weight=weights, validation_data=held_out, verbose=0
     ).history
     assert all(np.isfinite(values).all() for values in history.values())
     after = model.evaluate(x, TARGETS, verbose=0, return_dict=True)

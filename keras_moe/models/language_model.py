@@ -4,6 +4,7 @@ import keras
 
 from keras_moe.arguments import check_size
 from keras_moe.layers import ProjectedLSTM
+from keras_moe.layers.orthogonal import Orthogonal
 from keras_moe.models.presets import get_preset
 from keras_moe.models.word_model import WordModel
 from keras_moe.models.words import PADDING_ID, as_ids
@@ -119,7 +120,7 @@ class LanguageModel(WordModel):
     def _make_lstm(self, name):
         options = {"return_sequences": True, "name": name, "dtype": self.dtype_policy}
         if self.lstm_units is None:
-            return keras.layers.LSTM(self.width, **options)
+            return keras.layers.LSTM(self.width, recurrent_initializer=Orthogonal(), **options)
         return ProjectedLSTM(self.lstm_units, self.width, **options)
 
     def build(self, tokens_shape):

@@ -130,6 +130,12 @@ class WordModel(keras.Model):
         self._has_metrics = bool(given.get("metrics") or given.get("weighted_metrics"))
         super().compile(**given)
 
+    def compile_from_config(self, config):
+        """Compiles a model from a file. Keras leaves that to a class with a `compile` of its own."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)  # Their values come from the file.
+
     @functools.wraps(keras.Model.fit)
     def fit(self, *args, **kwargs):
         return super().fit(**self._without_class_weight(super().fit, args, kwargs))
