@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_size
+from keras_moe.layers.orthogonal import Orthogonal
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -47,7 +48,7 @@ class ProjectedLSTMCell(keras.layers.Layer):
         gates = 4 * self.units
         self.kernel = self.add_weight(name="kernel", shape=(input_shape[-1], gates))
         self.recurrent_kernel = self.add_weight(
-            name="recurrent_kernel", shape=(self.projection, gates), initializer="orthogonal"
+            name="recurrent_kernel", shape=(self.projection, gates), initializer=Orthogonal()
         )
         self.bias = self.add_weight(name="bias", shape=(gates,), initializer=self._initial_bias)
         self.projection_kernel = self.add_weight(
