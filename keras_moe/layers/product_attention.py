@@ -119,7 +119,8 @@ class ProductAttention(FreezableParts, keras.layers.Layer):
         """The same for queries [B, T, H], already multiplied by W."""
         key = ops.swapaxes(ops.tanh(memory.key), -1, -2)
         scores = ops.matmul(ops.tanh(query) * self.scale, key)
-        scores = ops.cast(scores, "float32")  # The softmax of a long source needs its precision.
+        # The softmax of a long source needs the precision of float32.
+        scores = ops.cast(scores, keras.backend.result_type(scores.dtype, "float32"))
         # Not by Keras' softmax, which warns of a source of one step.
         if memory.mask is None:
             weights = tf.nn.softmax(scores)

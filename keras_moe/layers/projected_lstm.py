@@ -6,6 +6,7 @@ from keras import ops
 from keras_moe.arguments import check_size
 from keras_moe.freezing import FreezableParts
 from keras_moe.inputs import as_input, as_mask
+from keras_moe.layers.orthogonal import Orthogonal
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -49,19 +50,12 @@ class ProjectedLSTMCell(keras.layers.Layer):
         gates = 4 * self.units
         self.kernel = self.add_weight(name="kernel", shape=(input_shape[-1], gates))
         self.recurrent_kernel = self.add_weight(
-            name="recurrent_kernel",
-            shape=(self.projection, gates),
-            initializer=self._initial_recurrence,
+            name="recurrent_kernel", shape=(self.projection, gates), initializer=Orthogonal()
         )
         self.bias = self.add_weight(name="bias", shape=(gates,), initializer=self._initial_bias)
         self.projection_kernel = self.add_weight(
             name="projection_kernel", shape=(self.units, self.projection)
         )
-
-    def _initial_recurrence(self, shape, dtype=None):
-        """Orthogonal, as in `keras.layers.LSTM`; the decomposition behind it has no bfloat16."""
-        exact = "float64" if dtype == "float64" else "float32"
-        return ops.cast(keras.initializers.Orthogonal()(shape, exact), dtype)
 
     def _initial_bias(self, shape, dtype=None):
         """Ones for the forget gate, the second of four, as in `keras.layers.LSTM`."""

@@ -51,11 +51,17 @@ class SampledSoftmax(keras.layers.Dense):
         return super().call(as_input(self, hidden), training=training)
 
     def sampled_loss(self, hidden, targets):
-        """Estimates the cross-entropy: hidden [T, D] and targets [T] to float [T]."""
-        hidden = ops.cast(hidden, self.variable_dtype)
+        """Estimates the cross-entropy of targets, as a training step needs it.
+
+        Args:
+            hidden: Float tensor [T, D].
+            targets: Ids [T], of any type that holds them.
+
+        Returns:
+            Float tensor [T], in float32 where the layer is narrower.
+        """
         if self.num_sampled is None:
-            logits = ops.matmul(hidden, self.kernel) + self.bias
-            return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+            return self._whole_loss(hidden, targets)
         drawn, target_chances, chances = tf.random.log_uniform_candidate_sampler(
             tf.cast(targets, "int64")[:, None],
             num_true=1,
@@ -66,9 +72,12 @@ class SampledSoftmax(keras.layers.Dense):
         )
         targets, drawn = tf.cast(targets, "int32"), tf.cast(drawn, "int32")
         words = tf.concat([targets, drawn], axis=0)
-        kernel = tf.gather(tf.transpose(self.kernel), words)
-        bias = tf.gather(tf.convert_to_tensor(self.bias), words)
-        bias -= tf.math.log(tf.concat([target_chances[:, 0], chances], axis=0))
+        dtype = self._loss_dtype
+        hidden = tf.cast(hidden, dtype)
+        kernel = tf.cast(tf.gather(tf.transpose(self.kernel), words), dtype)
+        bias = tf.cast(tf.gather(tf.convert_to_tensor(self.bias), words), dtype)
+        # Float32 as they come: the chance of a rare word is nothing in float16.
+        bias -= tf.cast(tf.math.log(tf.concat([target_chances[:, 0], chances], axis=0)), dtype)
 
         num_targets = tf.shape(targets)[0]
         target = tf.reduce_sum(hidden * kernel[:num_targets], axis=1) + bias[:num_targets]
@@ -77,6 +86,18 @@ class SampledSoftmax(keras.layers.Dense):
         # A word is no rival of itself.
         others = tf.where(drawn == targets[:, None], others.dtype.min, others)
         return _cross_entropy(target, others)
+
+    @property
+    def _loss_dtype(self):
+        """The precision of the variables, but at least float32."""
+        return keras.backend.result_type(self.variable_dtype, "float32")
+
+    def _whole_loss(self, hidden, targets):
+        # Not in the precision of a layer around this one, to which Keras casts what is read.
+        dtype = self.variable_dtype
+        hidden, kernel, bias = (ops.cast(x, dtype) for x in (hidden, self.kernel, self.bias))
+        logits = ops.cast(ops.matmul(hidden, kernel) + bias, self._loss_dtype)
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(tf.cast(targets, "int32"), logits)
 
     def get_config(self):
         layer = keras.layers.Layer.get_config(self)  # Dense has options that are fixed here.

@@ -115,7 +115,7 @@ def beam_search(
             "The coverage penalty needs `source_mask`; without, set `coverage_penalty=0.0`. "
             f"Received: coverage_penalty={coverage_penalty}"
         )
-    start_ids = tf.cast(start_ids, tf.int32)
+    start_ids, end_id = tf.cast(start_ids, tf.int32), tf.cast(end_id, tf.int32)
     size = tf.shape(start_ids)[0]
     max_length = tf.broadcast_to(tf.cast(max_length, tf.int32), [size])
     mask = (

@@ -4,8 +4,10 @@ import keras
 
 from keras_moe.arguments import check_size
 from keras_moe.layers import ProjectedLSTM
+from keras_moe.layers.orthogonal import Orthogonal
 from keras_moe.models.presets import get_preset
-from keras_moe.models.word_model import PADDING_ID, WordModel
+from keras_moe.models.word_model import WordModel
+from keras_moe.models.words import PADDING_ID, as_ids
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -49,12 +51,13 @@ class LanguageModel(WordModel):
         perplexity: The metric.
 
     Call arguments:
-        tokens: Integer tensor [B, L].
-        training: Whether to drop outputs, to add noise to the gating, and to leave the softmax to
-            the loss.
+        tokens: Ids [B, L], of any type that holds them.
+        training: Whether to drop outputs and to add noise to the gating.
 
     Returns:
-        Hidden states [B, L, D] in training, otherwise log-probabilities [B, L, V].
+        Log-probabilities [B, L, V] of the word behind each, in training as well; float32, or
+        float64 where the model is. So does `predict`. In a graph nothing is computed of them
+        unless somebody uses them: the loss of a training step starts from the hidden states.
 
     Raises:
         ValueError: If a size is not an integer of at least 1.
@@ -118,7 +121,7 @@ class LanguageModel(WordModel):
     def _make_lstm(self, name):
         options = {"return_sequences": True, "name": name, "dtype": self.dtype_policy}
         if self.lstm_units is None:
-            return keras.layers.LSTM(self.width, **options)
+            return keras.layers.LSTM(self.width, recurrent_initializer=Orthogonal(), **options)
         return ProjectedLSTM(self.lstm_units, self.width, **options)
 
     def build(self, tokens_shape):
@@ -148,14 +151,15 @@ class LanguageModel(WordModel):
 
     def encode(self, tokens, training=None):
         """What the middle sees: tokens [B, L] to [B, L, D]."""
-        x = self.dropout(self.embedding(tokens), training=training)
+        x = self.dropout(self.embedding(as_ids(tokens)), training=training)
         return self.recur(self.lstms_in, x, training)
 
     def call(self, tokens, training=None):
+        tokens = as_ids(tokens)
         x = self.encode(tokens, training)
         x = self.mix(self.middle, x, tokens != PADDING_ID, training)
         x = self.recur(self.lstms_out, x, training)
-        return x if training else self.softmax(x)
+        return self.log_probabilities(x)
 
     def get_config(self):
         return {

@@ -40,7 +40,8 @@ def generate(
         check_size("top_k", top_k)
     random = np.random.default_rng(seed)
     lengths = np.array([1 + len(prompt) for prompt in prompts], int)
-    tokens = np.full((len(prompts), lengths.max(initial=1) + max_words), eos_id)
+    # Not in the type of `eos_id`, which may be too small for the other ids.
+    tokens = np.full((len(prompts), lengths.max(initial=1) + max_words), eos_id, "int32")
     for row, prompt in zip(tokens, prompts, strict=True):
         row[1 : 1 + len(prompt)] = prompt
 

@@ -8,7 +8,8 @@ from keras_moe.layers import AttentionLSTM, ProjectedLSTM
 from keras_moe.models.beam_search import beam_search
 from keras_moe.models.presets import get_preset
 from keras_moe.models.translation_presets import TRANSLATION_PRESETS
-from keras_moe.models.word_model import PADDING_ID, WordModel
+from keras_moe.models.word_model import WordModel
+from keras_moe.models.words import PADDING_ID, as_ids
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -60,12 +61,14 @@ class TranslationModel(WordModel):
         perplexity: The metric.
 
     Call arguments:
-        inputs: Pair of the source and the target, integer tensors [B, S] and [B, T].
-        training: Whether to drop outputs, to add noise to the gating, and to leave the softmax to
-            the loss.
+        inputs: Pair of the source and the target, ids [B, S] and [B, T] of any type.
+        training: Whether to drop outputs and to add noise to the gating.
 
     Returns:
-        Hidden states [B, T, D] in training, otherwise log-probabilities [B, T, V].
+        Log-probabilities [B, T, V] of the word piece behind each of the target, in training as
+        well; float32, or float64 where the model is. So does `predict`. In a graph nothing is
+        computed of them unless somebody uses them: the loss of a training step starts from the
+        hidden states.
 
     Raises:
         ValueError: If a size is not an integer of at least 1, `num_lstms` not a pair that has two
@@ -113,8 +116,7 @@ class TranslationModel(WordModel):
             self.lstm_units, self.width, attention, name="attention_lstm", **policy
         )
         self.decoder_lstms = [self._make_lstm(f"decoder_lstm_{i}") for i in range(1, decoder)]
-        # In float32: scores of whole translations are sums of its log-probabilities.
-        self.softmax = self.make_softmax(self.vocabulary_size, num_sampled, seed, "float32")
+        self.softmax = self.make_softmax(self.vocabulary_size, num_sampled, seed)
         self.dropout = keras.layers.Dropout(dropout, seed=seed, **policy)
         self.freeze_parts()
 
@@ -176,6 +178,7 @@ class TranslationModel(WordModel):
 
     def encode(self, source, training=None):
         """The encoder: source [B, S] to [B, S, D]. What is behind a source's end is meaningless."""
+        source = as_ids(source)
         mask = source != PADDING_ID
         x = self.dropout(self.source_embedding(source), training=training)
         x = self.recur([self.both_directions, *self.encoder_lstms[:-1]], x, training, mask)
@@ -183,26 +186,27 @@ class TranslationModel(WordModel):
         return self.recur(self.encoder_lstms[-1:], x, training, mask)
 
     def call(self, inputs, training=None):
-        source, target = _pair(inputs)
+        source, target = map(as_ids, _pair(inputs))
         encoded = self.encode(source, training)
         x = self.dropout(self.target_embedding(target), training=training)
         h = self.attention_lstm(x, encoded, source_mask=source != PADDING_ID)
         x += self.dropout(h, training=training)
         x = self.mix(self.decoder_middle, x, target != PADDING_ID, training)
         x = self.recur(self.decoder_lstms, x, training)
-        return x if training else self.softmax(x)
+        return self.log_probabilities(x)
 
     def step(self, ids, states, memory):
         """One step of the decoder, for W hypotheses about each source.
 
         Args:
-            ids: The words before, integer [B, W]; a padded one meets no experts.
+            ids: The words before, ids [B, W]; a padded one meets no experts.
             states: Those of the decoder's LSTMs, each a list of tensors [B, W, ...].
             memory: What `attention_lstm.attention.remember` makes of the encoder's output.
 
         Returns:
             Log-probabilities [B, W, V], the next states, and the attention [B, W, S].
         """
+        ids = as_ids(ids)
         x = self.target_embedding(ids)
         h, state, attention = self.attention_lstm.step(x, states[0], memory)
         x, next_states = x + h, [state]
@@ -223,7 +227,7 @@ class TranslationModel(WordModel):
         ```
 
         Args:
-            source: Integer tensor [B, S], padded with 0.
+            source: Ids [B, S] of any type, padded with 0.
             end_id: The id of the end, which the model also reads before the first word.
             max_length: Integer or tensor [B]: the most words of a translation, the end counted.
                 Default: twice as many as the source has, and ten.
@@ -234,7 +238,7 @@ class TranslationModel(WordModel):
             `Hypotheses`: `ids` int32 [B, W, L], `lengths` [B, W] and `scores` [B, W], for each
             source the best first.
         """
-        source = tf.convert_to_tensor(source)
+        source = as_ids(source)
         mask = source != PADDING_ID
         memory = self.attention_lstm.attention.remember(self.encode(source), mask)
         if max_length is None:
