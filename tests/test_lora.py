@@ -68,9 +68,7 @@ def the_shared(layer):
 
 
 def lora(bank):
-    return [
-        [(p.lora_enabled, p.lora_rank, p.lora_alpha) for p in parts] for parts in denses(bank)
-    ]
+    return [[(p.lora_enabled, p.lora_rank, p.lora_alpha) for p in parts] for parts in denses(bank)]
 
 
 def copies(model, folder):

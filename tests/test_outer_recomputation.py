@@ -98,9 +98,7 @@ def test_the_input_may_have_another_dtype(policy):
     plain, layer = pair(lambda **kwargs: SparseMoE(5, 4, k=2, dtype=policy, **kwargs))
     x = tf.constant(examples())
     expected = value_and_gradients(plain, lambda x: plain(x, training=True), x)
-    received = value_and_gradients(
-        layer, tf.recompute_grad(lambda x: layer(x, training=True)), x
-    )
+    received = value_and_gradients(layer, tf.recompute_grad(lambda x: layer(x, training=True)), x)
     for ours, theirs in zip(received[2], expected[2], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.02)
 
@@ -111,9 +109,7 @@ def test_losses_of_the_experts():
     plain.gating.seed_generator.state.assign(layer.gating.seed_generator.state)
     x = tf.constant(examples())
     expected = value_and_gradients(plain, lambda x: plain(x, training=True), x)
-    received = value_and_gradients(
-        layer, tf.recompute_grad(lambda x: layer(x, training=True)), x
-    )
+    received = value_and_gradients(layer, tf.recompute_grad(lambda x: layer(x, training=True)), x)
     assert len(received[1]) == 2 + 3
     assert_equal(received, expected)
 
