@@ -131,7 +131,7 @@ class WordModel(keras.Model):
         super().compile(**given)
 
     def compile_from_config(self, config):
-        """Compiles a model from a file. Keras leaves that to a class with a `compile` of its own."""
+        """Compiles a model from a file; Keras itself doesn't, where `compile` is overridden."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)  # Their values come from the file.
