@@ -132,7 +132,7 @@ class WordModel(FreezableParts, keras.Model):
         super().compile(**given)
 
     def compile_from_config(self, config):
-        """Compiles a model from a file: Keras leaves that to a class with its own `compile`."""
+        """Compiles a model from a file; Keras itself doesn't, where `compile` is overridden."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)  # Their values come from the file.
