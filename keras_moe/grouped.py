@@ -16,11 +16,14 @@ batched. Wherever the load is so uneven that empty places would cost more than t
 loop after all.
 """
 
+import functools
+
 import tensorflow as tf
 
 from keras_moe import onednn
 from keras_moe.blocks import block_by_block
 from keras_moe.dispatch import spread
+from keras_moe.vectorization import batched_product, turn_by_turn
 
 # By these the batch is weighed against the loop, measured with 2 cores, in the time that one row of
 # an expert takes.
@@ -43,7 +46,7 @@ def product(rows, kernel, rows_per_expert, static_shapes=False):
     """
     kernel = tf.convert_to_tensor(kernel)
     if static_shapes:
-        return block_by_block(tf.matmul, rows, rows_per_expert, [kernel])
+        return block_by_block(batched_product, rows, rows_per_expert, [kernel])
 
     @tf.custom_gradient
     def multiply(rows, kernel):
@@ -74,12 +77,16 @@ def apply(function, rows, rows_per_expert, banks, width):
     Returns:
         Float tensor [M, width]; zeros behind the last expert's rows.
     """
-    return _expert_by_expert(
-        lambda piece, expert: function(piece, *(bank[expert] for bank in banks)),
-        rows,
-        rows_per_expert,
-        width,
-    )
+
+    def loop(rows, rows_per_expert, *banks):
+        return _expert_by_expert(
+            lambda piece, expert: function(piece, *(bank[expert] for bank in banks)),
+            rows,
+            rows_per_expert,
+            width,
+        )
+
+    return turn_by_turn(loop, rows, rows_per_expert, *banks)
 
 
 def loops_are_cheap():
@@ -114,7 +121,7 @@ def of_rows(bank, rows_per_expert, num_rows):
         Float tensor [M, F].
     """
     table = tf.pad(bank, [[0, 1], [0, 0]])  # Row N is for rows of no expert.
-    return spread(table, _expert_of_row(rows_per_expert, num_rows))
+    return spread(table, turn_by_turn(_expert_of_row, rows_per_expert, num_rows))
 
 
 def one_example(function, x, experts, banks):
@@ -199,7 +206,11 @@ def join(pieces, rest):
 
 def _times(rows, kernel, rows_per_expert, transposed=False):
     """Each row times its expert's matrix, or the transposed one; zeros behind the last expert's."""
+    function = functools.partial(_times_in_graph, transposed=transposed)
+    return turn_by_turn(function, rows, kernel, rows_per_expert)
 
+
+def _times_in_graph(rows, kernel, rows_per_expert, transposed):
     def batched():
         places = _in_places(rows, rows_per_expert)
         y = tf.matmul(places, tf.cast(kernel, rows.dtype), transpose_b=transposed)
@@ -226,6 +237,10 @@ def _times(rows, kernel, rows_per_expert, transposed=False):
 
 def _gradient_of_kernel(rows, upstream, rows_per_expert):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
+    return turn_by_turn(_gradient_of_kernel_in_graph, rows, upstream, rows_per_expert)
+
+
+def _gradient_of_kernel_in_graph(rows, upstream, rows_per_expert):
     ends = tf.cumsum(rows_per_expert)
 
     def batched():
@@ -259,9 +274,19 @@ def _expert_by_expert(function, rows, rows_per_expert, width):
     pieces = tf.TensorArray(rows.dtype, number + 1, element_shape=[None, width], infer_shape=False)
     _, pieces = tf.while_loop(lambda i, _: i < number, turn, (0, pieces))
     rest = tf.zeros([tf.shape(rows)[0] - ends[-1], width], rows.dtype)
-    y = pieces.write(number, rest).concat()
+    y = _concatenated(pieces.write(number, rest))
     y.set_shape([rows.shape[0], width])
     return y
+
+
+def _concatenated(pieces):
+    if tf.executing_eagerly():
+        return pieces.concat()
+    # As `pieces.concat()`, but in a vectorised loop this operation is refused, whereas the newer one
+    # takes pieces for equally long, and the process down (TensorFlow 2.21).
+    return tf.raw_ops.TensorListConcat(
+        input_handle=pieces.flow, element_dtype=pieces.dtype, element_shape=pieces.element_shape
+    ).tensor
 
 
 def _piece(rows, expert, rows_per_expert, ends):

@@ -1,0 +1,68 @@
+"""What `tf.vectorized_map`, `jacobian` and `batch_jacobian` do with operations that can't be stacked.
+
+They turn a loop into one graph, operation by operation: each then works on the values of all turns,
+stacked. Sorted rows don't stack, as experts have other numbers of rows in every turn, and a loop
+over experts whose results TensorFlow tries to stack fails, or takes the process down. So what loops
+over experts stands in the graph as one operation, which such a loop runs once for each turn.
+
+`pfor_converter` of an operation, where TensorFlow looks before it asks its own registry, is private
+(checked with TensorFlow 2.21); a test fails where it has changed.
+"""
+
+import tensorflow as tf
+from tensorflow.python.ops.parallel_for import pfor
+
+
+def turn_by_turn(function, *arguments):
+    """Calls a function of tensors, in a graph as one operation, which isn't vectorised.
+
+    Args:
+        function: Of tensors; returns a tensor. Other tensors that it uses are found.
+        *arguments: The tensors.
+
+    Returns:
+        The function's result.
+    """
+    if tf.executing_eagerly():  # Only graphs are vectorised.
+        return function(*arguments)
+    result = tf.function(function, autograph=False)(*arguments)
+    result.op.pfor_converter = _refuse
+    return result
+
+
+def largest_of_turns(size):
+    """A size that depends on the data, where turns are stacked the largest of all of them.
+
+    Args:
+        size: Integer scalar tensor.
+
+    Returns:
+        Integer scalar tensor.
+    """
+    size = tf.identity(size)
+    if not tf.executing_eagerly():
+        size.op.pfor_converter = _largest
+    return size
+
+
+def batched_product(rows, kernels):
+    """rows [N, M, D] times kernels [N, D, F].
+
+    A batch of a single matrix, in a vectorised loop one [turns, 1, M, D], writes beyond its result
+    and takes the process down (TensorFlow 2.21 with oneDNN, on CPUs that have AMX).
+    """
+    if kernels.shape[0] == 1:
+        return tf.matmul(rows[0], kernels[0])[None]
+    return tf.matmul(rows, kernels)
+
+
+def _refuse(operation):
+    # TensorFlow then runs the operation turn by turn, unless that is forbidden.
+    raise pfor.ConversionNotImplementedError(
+        "Rows that go to their experts can't be vectorised. Leave `fallback_to_while_loop` on."
+    )
+
+
+def _largest(operation):
+    size, stacked, _ = operation.input(0)
+    return pfor.wrap(tf.reduce_max(size) if stacked else size, False)
