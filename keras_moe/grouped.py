@@ -23,7 +23,7 @@ import tensorflow as tf
 from keras_moe import onednn
 from keras_moe.blocks import block_by_block
 from keras_moe.dispatch import spread
-from keras_moe.vectorization import batched_product, turn_by_turn
+from keras_moe.vectorization import batched_product, refuse_vectorising, turn_by_turn
 
 # By these the batch is weighed against the loop, measured with 2 cores, in the time that one row of
 # an expert takes.
@@ -51,11 +51,14 @@ def product(rows, kernel, rows_per_expert, static_shapes=False):
     @tf.custom_gradient
     def multiply(rows, kernel):
         def gradient(upstream):
-            of_kernel = _gradient_of_kernel(rows, upstream, rows_per_expert)
+            of_kernel = None
+            if kernel.dtype.is_floating:  # And not int8.
+                of_kernel = _gradient_of_kernel(rows, upstream, rows_per_expert)
+                of_kernel = tf.cast(of_kernel, kernel.dtype)
             # Not before `rows`, which may be recomputed: both at a time would take more memory.
             with tf.control_dependencies([rows]):
                 of_rows = _times(upstream, kernel, rows_per_expert, transposed=True)
-            return of_rows, tf.cast(of_kernel, kernel.dtype)
+            return of_rows, of_kernel
 
         return _times(rows, kernel, rows_per_expert), gradient
 
@@ -186,7 +189,9 @@ def split(rows, rows_per_expert):
     """
     rest = tf.shape(rows)[0] - tf.reduce_sum(rows_per_expert)
     sizes = tf.concat([rows_per_expert, rest[None]], axis=0)
-    return tf.split(rows, sizes, num=sizes.shape[0])
+    pieces = tf.split(rows, sizes, num=sizes.shape[0])
+    refuse_vectorising(pieces[0], "experts that are layers, of which each gets its own rows alone")
+    return pieces
 
 
 def join(pieces, rest):
@@ -282,8 +287,8 @@ def _expert_by_expert(function, rows, rows_per_expert, width):
 def _concatenated(pieces):
     if tf.executing_eagerly():
         return pieces.concat()
-    # As `pieces.concat()`, but in a vectorised loop this operation is refused, whereas the newer one
-    # takes pieces for equally long, and the process down (TensorFlow 2.21).
+    # As `pieces.concat()`, but where a loop with this operation is vectorised all the same, in an
+    # export, it is refused. The newer one takes all pieces for equally long.
     return tf.raw_ops.TensorListConcat(
         input_handle=pieces.flow, element_dtype=pieces.dtype, element_shape=pieces.element_shape
     ).tensor

@@ -1,12 +1,11 @@
-"""What `tf.vectorized_map`, `jacobian` and `batch_jacobian` do with operations that can't be stacked.
+"""How `tf.vectorized_map`, `jacobian` and `batch_jacobian` get through a mixture.
 
 They turn a loop into one graph, operation by operation: each then works on the values of all turns,
-stacked. Sorted rows don't stack, as experts have other numbers of rows in every turn, and a loop
-over experts whose results TensorFlow tries to stack fails, or takes the process down. So what loops
-over experts stands in the graph as one operation, which such a loop runs once for each turn.
+stacked. Sorted rows don't stack, as experts have other numbers of rows in every turn. So what goes
+from expert to expert stands in the graph as one operation, which such a loop runs turn by turn.
 
 `pfor_converter` of an operation, where TensorFlow looks before it asks its own registry, is private
-(checked with TensorFlow 2.21); a test fails where it has changed.
+(checked with TensorFlow 2.21); tests fail where it has changed.
 """
 
 import tensorflow as tf
@@ -26,12 +25,12 @@ def turn_by_turn(function, *arguments):
     if tf.executing_eagerly():  # Only graphs are vectorised.
         return function(*arguments)
     result = tf.function(function, autograph=False)(*arguments)
-    result.op.pfor_converter = _refuse
+    result.op.pfor_converter = _run_turn_by_turn
     return result
 
 
 def largest_of_turns(size):
-    """A size that depends on the data, where turns are stacked the largest of all of them.
+    """A size that depends on the data; where turns are stacked, the largest of all of them.
 
     Args:
         size: Integer scalar tensor.
@@ -45,8 +44,21 @@ def largest_of_turns(size):
     return size
 
 
+def refuse_vectorising(tensor, what):
+    """Has a vectorised loop raise ValueError where it needs `tensor`, the result of `what`."""
+
+    def refuse(operation):
+        raise ValueError(
+            f"A vectorised loop, as tf.vectorized_map makes one, can't go through {what}. "
+            "Use tf.map_fn, or `experimental_use_pfor=False`."
+        )
+
+    if not tf.executing_eagerly():
+        tensor.op.pfor_converter = refuse
+
+
 def batched_product(rows, kernels):
-    """rows [N, M, D] times kernels [N, D, F].
+    """Multiplies rows [N, M, D] by kernels [N, D, F].
 
     A batch of a single matrix, in a vectorised loop one [turns, 1, M, D], writes beyond its result
     and takes the process down (TensorFlow 2.21 with oneDNN, on CPUs that have AMX).
@@ -56,10 +68,11 @@ def batched_product(rows, kernels):
     return tf.matmul(rows, kernels)
 
 
-def _refuse(operation):
-    # TensorFlow then runs the operation turn by turn, unless that is forbidden.
+def _run_turn_by_turn(operation):
+    # What TensorFlow then does, unless it is forbidden.
     raise pfor.ConversionNotImplementedError(
-        "Rows that go to their experts can't be vectorised. Leave `fallback_to_while_loop` on."
+        "Rows on their way through experts can't be vectorised, but only run turn by turn: leave "
+        "`fallback_to_while_loop` on."
     )
 
 
