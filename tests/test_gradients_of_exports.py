@@ -71,7 +71,8 @@ def test_masked_positions_have_none(tmp_path):
     model.export(tmp_path / "model", verbose=False)
     x = examples(6).reshape(2, 3, WIDTH)
     x[:, 2] = 0
-    (gradient,) = gradients(tf.saved_model.load(tmp_path / "model").serve, tf.constant(x), [])
+    loaded = tf.saved_model.load(tmp_path / "model")
+    (gradient,) = gradients(loaded.serve, tf.constant(x), [])
     (wanted,) = gradients(model, tf.constant(x), [])
     assert np.any(wanted[:, :2]) and not np.any(gradient[:, 2])
     np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
@@ -93,18 +94,18 @@ def test_a_head_and_a_foot_learn_on_a_frozen_export(name, tmp_path):
 
 
 def test_in_a_graph_for_any_batch_gradients_outside_training_are_those_of_eager_code():
-    layer = with_random_weights(EVERY_LAYER["noisy_top_k"](use_bias=True, dtype="mixed_bfloat16"))
+    layer = with_random_weights(EVERY_LAYER["noisy_top_k"](use_bias=True))
     weights = [weight.value for weight in layer.trainable_weights]
     signature = [tf.TensorSpec([None, WIDTH])]
 
     def all_gradients(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            total = tf.reduce_sum(tf.sin(tf.cast(layer(x, training=False), tf.float32)))
+            total = tf.reduce_sum(tf.sin(layer(x, training=False)))
         return tape.gradient(total, [x, *weights], unconnected_gradients="zero")
 
     in_graph = tf.function(all_gradients, input_signature=signature, autograph=False)
     for number in (0, 1, 7):
         x = tf.constant(examples(number))
         for ours, wanted in zip(in_graph(x), all_gradients(x), strict=True):
-            np.testing.assert_allclose(ours, wanted, rtol=2e-2, atol=2e-2)
+            np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
