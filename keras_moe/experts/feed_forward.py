@@ -23,6 +23,7 @@ from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.experts.initializers import PerExpert
 from keras_moe.experts.int8 import Int8Kernels
 from keras_moe.saving import CheckedVariables
+from keras_moe.vectorization import batched_product
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
 GATED_ACTIVATIONS = {
@@ -45,7 +46,8 @@ def takes_one_example(bank):
 
 
 def _product(rows, kernel):
-    return ops.matmul(rows, ops.cast(kernel, rows.dtype))  # It may be stored in another dtype.
+    kernel = ops.cast(kernel, rows.dtype)  # It may be stored in another dtype.
+    return batched_product(rows, kernel) if len(kernel.shape) == 3 else ops.matmul(rows, kernel)
 
 
 @keras.saving.register_keras_serializable("keras_moe")

@@ -65,7 +65,7 @@ def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(
 def test_tensorflow_tells_whether_it_multiplies_by_onednn():
     # With another TensorFlow this says at once what `onednn.py` has to be checked for.
     received = subprocess.run(
-        [sys.executable, "-c", "from keras_moe import onednn; print(onednn.is_in_use())"],
+        [sys.executable, "-c", "from keras_moe.dispatch import onednn; print(onednn.is_in_use())"],
         env={**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"},
         check=True,
         capture_output=True,
