@@ -28,6 +28,11 @@ def block_by_block(function, rows, rows_per_expert, banks):
         Float tensor [M, width]; zeros behind the last expert's rows.
     """
     num_rows, num_experts = tf.shape(rows)[0], rows_per_expert.shape[0]
+    if num_experts == 1:  # A single block.
+        kept = (tf.range(num_rows) < rows_per_expert)[:, None]
+        rows = tf.where(kept, rows, tf.zeros([], rows.dtype))
+        y = function(rows[None], *banks)[0]
+        return tf.where(kept, y, tf.zeros([], y.dtype))
     # Blocks as large as the even share: at most N of them are not full, which doubles the rows.
     size = tf.maximum((num_rows + num_experts - 1) // num_experts, 1)
     # Each expert that has rows leaves at most size - 1 places empty.

@@ -16,10 +16,13 @@ batched. Wherever the load is so uneven that empty places would cost more than t
 loop after all.
 """
 
+import functools
+
 import tensorflow as tf
 
 from keras_moe.dispatch import onednn, spread
 from keras_moe.dispatch.blocks import block_by_block
+from keras_moe.vectorization import batched_product, refuse_vectorising, turn_by_turn
 
 # By these the batch is weighed against the loop, measured with 2 cores, in the time that one row of
 # an expert takes.
@@ -42,16 +45,19 @@ def product(rows, kernel, rows_per_expert, static_shapes=False):
     """
     kernel = tf.convert_to_tensor(kernel)
     if static_shapes:
-        return block_by_block(tf.matmul, rows, rows_per_expert, [kernel])
+        return block_by_block(batched_product, rows, rows_per_expert, [kernel])
 
     @tf.custom_gradient
     def multiply(rows, kernel):
         def gradient(upstream):
-            of_kernel = _gradient_of_kernel(rows, upstream, rows_per_expert)
+            of_kernel = None
+            if kernel.dtype.is_floating:  # And not int8.
+                of_kernel = _gradient_of_kernel(rows, upstream, rows_per_expert)
+                of_kernel = tf.cast(of_kernel, kernel.dtype)
             # Not before `rows`, which may be recomputed: both at a time would take more memory.
             with tf.control_dependencies([rows]):
                 of_rows = _times(upstream, kernel, rows_per_expert, transposed=True)
-            return of_rows, tf.cast(of_kernel, kernel.dtype)
+            return of_rows, of_kernel
 
         return _times(rows, kernel, rows_per_expert), gradient
 
@@ -73,12 +79,16 @@ def apply(function, rows, rows_per_expert, banks, width):
     Returns:
         Float tensor [M, width]; zeros behind the last expert's rows.
     """
-    return _expert_by_expert(
-        lambda piece, expert: function(piece, *(bank[expert] for bank in banks)),
-        rows,
-        rows_per_expert,
-        width,
-    )
+
+    def loop(rows, rows_per_expert, *banks):
+        return _expert_by_expert(
+            lambda piece, expert: function(piece, *(bank[expert] for bank in banks)),
+            rows,
+            rows_per_expert,
+            width,
+        )
+
+    return turn_by_turn(loop, rows, rows_per_expert, *banks)
 
 
 def loops_are_cheap():
@@ -113,7 +123,7 @@ def of_rows(bank, rows_per_expert, num_rows):
         Float tensor [M, F].
     """
     table = tf.pad(bank, [[0, 1], [0, 0]])  # Row N is for rows of no expert.
-    return spread(table, _expert_of_row(rows_per_expert, num_rows))
+    return spread(table, turn_by_turn(_expert_of_row, rows_per_expert, num_rows))
 
 
 def one_example(function, x, experts, banks):
@@ -178,7 +188,9 @@ def split(rows, rows_per_expert):
     """
     rest = tf.shape(rows)[0] - tf.reduce_sum(rows_per_expert)
     sizes = tf.concat([rows_per_expert, rest[None]], axis=0)
-    return tf.split(rows, sizes, num=sizes.shape[0])
+    pieces = tf.split(rows, sizes, num=sizes.shape[0])
+    refuse_vectorising(pieces[0], "experts that are layers, of which each gets its own rows alone")
+    return pieces
 
 
 def join(pieces, rest):
@@ -198,7 +210,11 @@ def join(pieces, rest):
 
 def _times(rows, kernel, rows_per_expert, transposed=False):
     """Each row times its expert's matrix, or the transposed one; zeros behind the last expert's."""
+    function = functools.partial(_times_in_graph, transposed=transposed)
+    return turn_by_turn(function, rows, kernel, rows_per_expert)
 
+
+def _times_in_graph(rows, kernel, rows_per_expert, transposed):
     def batched():
         places = _in_places(rows, rows_per_expert)
         y = tf.matmul(places, tf.cast(kernel, rows.dtype), transpose_b=transposed)
@@ -225,6 +241,10 @@ def _times(rows, kernel, rows_per_expert, transposed=False):
 
 def _gradient_of_kernel(rows, upstream, rows_per_expert):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
+    return turn_by_turn(_gradient_of_kernel_in_graph, rows, upstream, rows_per_expert)
+
+
+def _gradient_of_kernel_in_graph(rows, upstream, rows_per_expert):
     ends = tf.cumsum(rows_per_expert)
 
     def batched():
@@ -258,9 +278,19 @@ def _expert_by_expert(function, rows, rows_per_expert, width):
     pieces = tf.TensorArray(rows.dtype, number + 1, element_shape=[None, width], infer_shape=False)
     _, pieces = tf.while_loop(lambda i, _: i < number, turn, (0, pieces))
     rest = tf.zeros([tf.shape(rows)[0] - ends[-1], width], rows.dtype)
-    y = pieces.write(number, rest).concat()
+    y = _concatenated(pieces.write(number, rest))
     y.set_shape([rows.shape[0], width])
     return y
+
+
+def _concatenated(pieces):
+    if tf.executing_eagerly():
+        return pieces.concat()
+    # As `pieces.concat()`, but where a loop with this operation is vectorised all the same, in an
+    # export, it is refused. The newer one takes all pieces for equally long.
+    return tf.raw_ops.TensorListConcat(
+        input_handle=pieces.flow, element_dtype=pieces.dtype, element_shape=pieces.element_shape
+    ).tensor
 
 
 def _piece(rows, expert, rows_per_expert, ends):

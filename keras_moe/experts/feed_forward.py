@@ -25,6 +25,7 @@ from keras_moe.experts.int8 import Int8Kernels
 from keras_moe.inputs import as_input, as_numbers
 from keras_moe.regularizers import of_each_expert
 from keras_moe.saving import CheckedVariables
+from keras_moe.vectorization import batched_product
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
 GATED_ACTIVATIONS = {
@@ -47,7 +48,8 @@ def takes_one_example(bank):
 
 
 def _product(rows, kernel):
-    return ops.matmul(rows, ops.cast(kernel, rows.dtype))  # It may be stored in another dtype.
+    kernel = ops.cast(kernel, rows.dtype)  # It may be stored in another dtype.
+    return batched_product(rows, kernel) if len(kernel.shape) == 3 else ops.matmul(rows, kernel)
 
 
 @keras.saving.register_keras_serializable("keras_moe")

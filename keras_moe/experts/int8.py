@@ -63,8 +63,9 @@ class Int8Kernels:
         )
         self._is_quantized = True  # Keras' own layers say so by that name (checked with 3.15).
 
-    def quantized_call(self, *args, **kwargs):
-        return _refuse_gradient(self.call(*args, **kwargs))
+    def quantized_call(self, *args, training=None, **kwargs):
+        y = self.call(*args, training=training, **kwargs)
+        return _refuse_gradient(y) if training else y
 
 
 def _quantized(kernels):

@@ -8,6 +8,7 @@ under every dtype policy: in lower precision an example would pick other experts
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe import losses
@@ -16,6 +17,10 @@ from keras_moe.distribute.noise import ReplicaSeedGenerator
 from keras_moe.inputs import as_input, as_mask
 from keras_moe.own_losses import OwnLosses
 from keras_moe.saving import CheckedVariables
+
+# Stands for NaN among the logits: finite, since `tf.debugging.enable_check_numerics` stops at the
+# first infinity, be it where nothing is wrong.
+LOWEST = float(np.finfo("float32").min)
 
 
 class Routing(NamedTuple):
@@ -166,11 +171,12 @@ class NoisyGating(Gating):
                 ops.shape(logits), dtype=logits.dtype, seed=self.seed_generator
             )
         # NaN has no order, and no backend promises what its sort makes of one.
-        logits = ops.where(ops.isnan(logits), -float("inf"), logits)
+        logits = ops.where(logits > LOWEST, logits, LOWEST)
         # One more than K: the load asks for the threshold below the last choice.
         top_logits, top_index = ops.top_k(logits, min(k + 1, num_choices))
         chosen = top_logits[:, :k]
         gates = softmax(chosen, competing=logits) if k == 1 else ops.softmax(chosen)
+        gates = spoil(gates, chosen[:, :1] == LOWEST)
         chances = None
         if noise_logits is not None and k < num_choices:
             chances = losses.load(clean_logits, logits, stddev, top_logits)
@@ -284,3 +290,12 @@ class NoisyTopKGating(NoisyGating):
 def softmax(logits, competing):
     """The share of each of `logits` in the softmax over the logits `competing`."""
     return ops.exp(logits - ops.logsumexp(competing, axis=-1, keepdims=True))
+
+
+def spoil(gates, broken):
+    """Makes gates NaN where `broken`: nobody is chosen there, and nothing is a right answer.
+
+    By 0 / 0, as a constant NaN would be found where no example is broken.
+    """
+    sound = ops.cast(ops.logical_not(broken), gates.dtype)
+    return gates * sound / sound

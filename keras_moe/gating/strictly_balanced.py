@@ -5,7 +5,8 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.arguments import check_k, check_weight
-from keras_moe.gating.routing import Gating, make_routing, softmax
+from keras_moe.gating.routing import Gating, make_routing, softmax, spoil
+from keras_moe.vectorization import largest_of_turns
 
 
 class BalancedGating(Gating):
@@ -41,9 +42,10 @@ class BalancedGating(Gating):
         total = ops.sum(kept_scores, axis=-1, keepdims=True)
         gates = kept_scores / ops.where(total == 0, 1.0, total)
         most = ops.max(ops.sum(ops.cast(chosen, "int32"), axis=-1), initial=1)
+        most = largest_of_turns(most)
         ordered = ops.where(ops.isnan(gates), -1.0, gates)  # NaN has no order.
         gates, index = ops.top_k(ordered, scores.shape[-1] if self.static_shapes else most)
-        return ops.cast(index, "int32"), ops.where(gates < 0, float("nan"), gates)
+        return ops.cast(index, "int32"), spoil(gates, gates < 0)
 
     def _add_batchwise_loss(self, above, chosen, scores, thresholds):
         sign = ops.cast(above, scores.dtype) - ops.cast(chosen, scores.dtype)

@@ -6,9 +6,11 @@ for a single example outside training, addressed without sorting anything.
 
 import functools
 
+import keras
 from keras import ops
 
 from keras_moe import dispatch
+from keras_moe.dispatch.recomputation import recomputed
 from keras_moe.distribute import collectives
 from keras_moe.distribute.exchange import on_their_replicas
 from keras_moe.distribute.global_capacity import drop_beyond
@@ -36,12 +38,7 @@ def mix(bank, examples, routing, *, training, capacity=None, expert_parallel=Fal
         return _over_replicas(bank, examples, routing, capacity)
     if training or not _takes_one(bank, routing):
         return _here(bank, examples, routing, capacity)
-    y = ops.cond(
-        ops.shape(examples)[0] == 1,
-        lambda: _of_one(bank, examples, routing),
-        lambda: _here(bank, examples, routing)[0],
-    )
-    return y, None
+    return _of_one_or_more(bank, examples, routing), None
 
 
 def _here(bank, examples, routing, capacity=None):
@@ -74,6 +71,46 @@ def _over_replicas(bank, examples, routing, capacity):
 def _takes_one(bank, routing):
     k = routing.expert_index.shape[1]
     return k is not None and k <= _MOST_UNROLLED and takes_one_example(bank)
+
+
+def _of_one_or_more(bank, examples, routing):
+    """The same, a single example by another way: which it is may be known to the graph alone."""
+    number = ops.shape(examples)[0]
+    if isinstance(number, int):
+        way = _of_one if number == 1 else _of_more
+        return way(bank, examples, routing)
+
+    # In an export gradients written by hand survive, but not within a branch. So this one is around
+    # both branches, and what a gradient is needed of has to be an argument.
+    variables = [v for v in bank.variables if keras.backend.is_float_dtype(v.dtype)]
+
+    def decide(examples, gates, *values):
+        def along(way):
+            with _Given(variables, values):
+                return way(bank, examples, routing._replace(gates=gates))
+
+        return ops.cond(number == 1, lambda: along(_of_one), lambda: along(_of_more))
+
+    return recomputed(decide)(examples, routing.gates, *(v.value for v in variables))
+
+
+class _Given(keras.StatelessScope):
+    """Inside, some variables have these values; others have those that they had before."""
+
+    def __init__(self, variables, values):
+        super().__init__(initialize_variables=False)
+        # Not by the constructor: it would convert what an export stores in another precision.
+        self.state_mapping.update(zip(map(id, variables), values, strict=True))
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None and self.original_scope is not None:
+            return self.original_scope.get_current_value(variable)
+        return value
+
+
+def _of_more(bank, examples, routing):
+    return _here(bank, examples, routing)[0]
 
 
 def _of_one(bank, examples, routing):

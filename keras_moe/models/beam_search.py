@@ -10,6 +10,9 @@ import tensorflow as tf
 
 from keras_moe.arguments import check_size, check_weight
 
+# The log-probability of what is none: finite, as `tf.debugging.enable_check_numerics` stops at
+# infinity, and so that two of them can be added.
+NEVER = tf.float32.min / 4
 # A source step that nothing attended to would have the logarithm of 0.
 _LEAST_COVERAGE = 1e-10
 
@@ -22,7 +25,7 @@ class Hypotheses(NamedTuple):
             the search ended before they did, stand behind all whole hypotheses.
         lengths: int32 [B, W], the number of words, the end counted; 0 where there are less than W
             hypotheses.
-        scores: float32 [B, W]; -inf where there are less than W hypotheses.
+        scores: float32 [B, W]; `NEVER`, below -1e37, where there are less than W hypotheses.
     """
 
     ids: Any
@@ -35,7 +38,7 @@ class _Search(NamedTuple):
 
     step: Any  # int32, the number of steps made
     ids: Any  # int32 [B, W], the last words
-    log_probs: Any  # float32 [B, W], of all words so far; -inf for no hypothesis
+    log_probs: Any  # float32 [B, W], of all words so far; `NEVER` for no hypothesis
     state: Any  # of the caller, [B, W, ...]
     coverage: Any  # float32 [B, W, S], the attention that source steps have had
     done: Any  # bool [B]
@@ -85,9 +88,9 @@ def beam_search(
     Args:
         step: Function of the last words, int32 [B, W], and the state. Returns the log-probabilities
             of the next words [B, W, V], the next state, of the same structure, types and shapes,
-            and the attention of these next words to the source, [B, W, S]. A word with -inf is
-            never taken. Without `source_mask` the attention may be `None`. Where a source is done
-            its last words may be 0.
+            and the attention of these next words to the source, [B, W, S]. A word with `NEVER` or
+            -inf is never taken. Without `source_mask` the attention may be `None`. Where a source
+            is done its last words may be 0.
         state: Structure of tensors [B, 1, ...], the same for all hypotheses of a source.
         start_ids: Integer tensor [B], what stands before the first word.
         end_id: The id of the end.
@@ -127,7 +130,7 @@ def beam_search(
         normalisation = ((5.0 + tf.cast(lengths, tf.float32)) / 6.0) ** alpha
         covered = tf.math.log(tf.clip_by_value(coverage, _LEAST_COVERAGE, 1.0))
         penalty = tf.reduce_sum(tf.where(mask[:, None], covered, 0.0), axis=-1)
-        return log_probs / normalisation + beta * penalty
+        return tf.where(log_probs > NEVER, log_probs / normalisation + beta * penalty, NEVER)
 
     def go_on(search):
         log_probs, state, attention = step(search.ids, search.state)
@@ -138,21 +141,22 @@ def beam_search(
             tf.reshape(log_probs, [size, beam_width * num_words]),
             tf.minimum(2, num_words) * beam_width,
         )
+        log_probs = tf.maximum(log_probs, NEVER)  # as many as there have been
         parents, ids = candidates // num_words, candidates % num_words
         coverage = search.coverage
         if source_mask is not None:
             coverage += tf.cast(attention, tf.float32)
 
         first = [part[:, :beam_width] for part in (log_probs, ids, parents)]
-        ended = (first[1] == end_id) & (first[0] > -float("inf")) & ~search.done[:, None]
+        ended = (first[1] == end_id) & (first[0] > NEVER) & ~search.done[:, None]
         new_scores = score(first[0], search.step + 1, _take(coverage, first[2]))
-        new_scores = tf.where(ended, new_scores, -float("inf"))
+        new_scores = tf.where(ended, new_scores, NEVER)
         scores, best = tf.math.top_k(tf.concat([search.scores, new_scores], axis=1), beam_width)
         ends = tf.concat([search.ends, tf.fill(tf.shape(beam), search.step)], axis=1)
         ending_parents = tf.concat([search.parents, first[2]], axis=1)
         num_finished = search.num_finished + tf.reduce_sum(tf.cast(ended, tf.int32), axis=1)
 
-        log_probs = tf.where(ids == end_id, -float("inf"), log_probs)
+        log_probs = tf.where(ids == end_id, NEVER, log_probs)
         log_probs, best_alive = tf.math.top_k(log_probs, beam_width)
         # Where a source was done before, everything stays as it is.
         was_done = search.done[:, None]
@@ -175,7 +179,7 @@ def beam_search(
         )
 
     # All hypotheses of a source begin alike: the others would be copies of the first.
-    nothing = tf.fill([size, beam_width], -float("inf"))
+    nothing = tf.fill([size, beam_width], NEVER)
     search = _Search(
         step=tf.constant(0),
         ids=tf.repeat(start_ids[:, None], beam_width, axis=1),
@@ -203,7 +207,7 @@ def beam_search(
     num_finished = tf.minimum(search.num_finished, beam_width)[:, None]
     place = tf.where(beam < num_finished, beam, beam_width + beam - num_finished)
     scores = _take(tf.concat([search.scores, rest], axis=1), place)
-    found = scores > -float("inf")
+    found = scores > NEVER
     never = tf.fill(tf.shape(beam), search.step)
     ends = _take(tf.concat([search.ends, never], axis=1), place)
     lengths = tf.where(beam < num_finished, ends + 1, lengths)

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from keras_moe.arguments import as_sizes, check_size
 from keras_moe.layers import AttentionLSTM, ProjectedLSTM
-from keras_moe.models.beam_search import beam_search
+from keras_moe.models.beam_search import NEVER, beam_search
 from keras_moe.models.presets import get_preset
 from keras_moe.models.translation_presets import TRANSLATION_PRESETS
 from keras_moe.models.word_model import WordModel
@@ -248,7 +248,8 @@ class TranslationModel(WordModel):
 
         def step(ids, states):
             log_probs, states, attention = self.step(ids, states, memory)
-            return tf.where(never, -float("inf"), log_probs), states, attention
+            log_probs = tf.where(never, NEVER, tf.cast(log_probs, tf.float32))
+            return log_probs, states, attention
 
         size = tf.shape(source)[0]
         states = [self.attention_lstm.initial_states(size, 1)]

@@ -22,7 +22,7 @@ def export_saved_model(
     The signatures hold what answers a request and nothing else: no noise, no dropping, no state of
     seeds, metrics or the optimizer, nothing that is written. What a mixture answers to an example
     doesn't depend on the rest of the batch, and few examples read the chosen feed-forward experts'
-    weights alone.
+    weights alone. Whoever loads a version can take gradients of its answers.
 
     Example:
     ```python
@@ -88,11 +88,8 @@ def export_saved_model(
     root.stored = list({id(v): v for f in functions.values() for v in f.variables}.values())
     root.resources = _resources([model, *track])
 
-    # A server computes no gradients, so it needs none of those written by hand.
-    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-
     def write(folder):
-        tf.saved_model.save(root, folder, signatures=functions, options=options)
+        tf.saved_model.save(root, folder, signatures=functions)
         if records:
             warming.write_records(records, folder)
 
