@@ -18,6 +18,7 @@ from keras import ops
 from keras_moe import grouped
 from keras_moe.arguments import check_size
 from keras_moe.blocks import block_by_block
+from keras_moe.devices import by_device
 from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.initializers import PerExpert
 from keras_moe.quantized import Int8Kernels
@@ -186,32 +187,37 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         if experts is not None:
             function = functools.partial(self._feed_forward, product=grouped.row_times)
             return grouped.one_example(function, rows, experts, banks)
-        in_blocks = rows_per_expert is not None and self.static_shapes
-        function, in_one_loop = self._feed_forward, None
-        if rows_per_expert is not None and not in_blocks:
-            function = functools.partial(self._feed_forward, rows_per_expert=rows_per_expert)
-            if grouped.loops_are_cheap():
-                in_one_loop = self._in_one_loop(rows_per_expert)
-        if self.recompute or (in_one_loop and not training):
-            function = recomputed(function, in_one_loop)
-        if in_blocks:
+        if rows_per_expert is None or self.static_shapes:
+            function = recomputed(self._feed_forward) if self.recompute else self._feed_forward
+            if rows_per_expert is None:
+                return function(rows, *banks)
             return block_by_block(function, rows, rows_per_expert, banks)
+        layout = grouped.lay_out(rows_per_expert, ops.shape(rows)[0])
+        function, forward = functools.partial(self._feed_forward, layout=layout), None
+        if not training:
+            forward = self._forward(function, rows_per_expert)
+        if forward or self.recompute:
+            function = recomputed(function, forward)
         return function(rows, *banks)
 
-    def _in_one_loop(self, rows_per_expert):
+    def _forward(self, function, rows_per_expert):
+        """The fastest way without a backward pass."""
         width = self.kernels[-1].shape[-1]
-        return lambda rows, *banks: grouped.apply(
-            self._feed_forward, rows, rows_per_expert, banks, width
+
+        def in_one_loop(rows, *banks):
+            return grouped.apply(self._feed_forward, rows, rows_per_expert, banks, width)
+
+        return lambda *arguments: by_device(
+            lambda: in_one_loop(*arguments), lambda: function(*arguments)
         )
 
-    def _feed_forward(self, rows, *parameters, rows_per_expert=None, product=_product):
+    def _feed_forward(self, rows, *parameters, layout=None, product=_product):
         """One expert on its rows [M, D], G of them on theirs [G, M, D], or all on sorted rows."""
         of_rows = functools.partial(ops.expand_dims, axis=-2)
-        if rows_per_expert is not None:
-            product = functools.partial(grouped.product, rows_per_expert=rows_per_expert)
-            of_rows = functools.partial(
-                grouped.of_rows, rows_per_expert=rows_per_expert, num_rows=ops.shape(rows)[0]
-            )
+        if layout is not None:
+            rows = grouped.arrange(rows, layout)
+            product = functools.partial(grouped.multiply, layout=layout)
+            of_rows = functools.partial(grouped.of_rows, layout=layout)
         number = len(self.kernels)
         kernels, others = parameters[:number], parameters[number:]
         scales, biases = others[: len(self.scales)], others[len(self.scales) :]
@@ -223,7 +229,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
                 rows = ops.divide_no_nan(rows, of_rows(scales[i]))
             if biases:
                 rows += of_rows(biases[i])
-        return rows
+        return rows if layout is None else grouped.restore(rows, layout)
 
     def _activate(self, rows):
         if not self._gated:

@@ -149,10 +149,7 @@ class HierarchicalGating(NoisyGating):
         """Each example times the kernels of its groups: of each [T·K_primary, B], by choices."""
 
         def products(rows, plan):
-            return [
-                grouped.product(rows, kernel, plan.rows_per_expert, self.static_shapes)
-                for kernel in kernels
-            ]
+            return grouped.products(rows, kernels, plan.rows_per_expert, self.static_shapes)
 
         if not self.expert_parallel or collectives.num_replicas() == 1:
             plan = dispatch.make_plan(primary, self.num_groups)
