@@ -3,8 +3,9 @@
 import keras
 from keras import ops
 
-from keras_moe import losses
+from keras_moe import exact, losses
 from keras_moe.arguments import check_k, check_weight
+from keras_moe.choices import top_k
 from keras_moe.routing import Gating, make_routing, softmax
 
 
@@ -42,9 +43,11 @@ class BalancedGating(Gating):
         kept_scores = scores * ops.cast(chosen, scores.dtype)
         total = ops.sum(kept_scores, axis=-1, keepdims=True)
         gates = kept_scores / ops.where(total == 0, 1.0, total)
-        most = ops.max(ops.sum(ops.cast(chosen, "int32"), axis=-1), initial=1)
+        # Counted in floats, which a GPU adds up itself.
+        most = ops.max(ops.sum(ops.cast(chosen, scores.dtype), axis=-1), initial=1)
+        most = ops.cast(most, "int32")
         ordered = ops.where(ops.isnan(gates), -1.0, gates)  # NaN has no order.
-        gates, index = ops.top_k(ordered, scores.shape[-1] if self.static_shapes else most)
+        gates, index = top_k(ordered, scores.shape[-1] if self.static_shapes else most)
         return ops.cast(index, "int32"), ops.where(gates < 0, float("nan"), gates)
 
     def get_config(self):
@@ -105,7 +108,7 @@ class StrictlyBalancedGating(BalancedGating):
         self.thresholds = self.add_kernel("thresholds", self.num_experts)
 
     def call(self, x, training=None, mask=None):
-        logits = ops.matmul(x, self.gate_kernel)
+        logits = exact.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
         scores, counted = scored(logits, mask)
         kept = keep_best(scores, counted, self.k, mask) if training else None

@@ -52,6 +52,15 @@ def _inside(choice, function):
     return call
 
 
+def captured(tensors):
+    """The same tensors as values of the branch that is being traced.
+
+    A custom gradient inside of a branch must close over nothing but these: where gradients have
+    gradients, TensorFlow finds nothing else (seen with 2.21).
+    """
+    return tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, tensors)
+
+
 @contextlib.contextmanager
 def choosing(choice):
     """Inside, `by_device` calls `cpu` for 0 and `gpu` for 1, whatever the device; for tests."""

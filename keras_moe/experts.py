@@ -18,7 +18,7 @@ from keras import ops
 from keras_moe import grouped
 from keras_moe.arguments import check_size
 from keras_moe.blocks import block_by_block
-from keras_moe.devices import by_device
+from keras_moe.devices import by_device, captured
 from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.initializers import PerExpert
 from keras_moe.quantized import Int8Kernels
@@ -195,20 +195,23 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         layout = grouped.lay_out(rows_per_expert, ops.shape(rows)[0])
         function, forward = functools.partial(self._feed_forward, layout=layout), None
         if not training:
-            forward = self._forward(function, rows_per_expert)
+            forward = self._forward(layout)
         if forward or self.recompute:
             function = recomputed(function, forward)
         return function(rows, *banks)
 
-    def _forward(self, function, rows_per_expert):
+    def _forward(self, layout):
         """The fastest way without a backward pass."""
         width = self.kernels[-1].shape[-1]
 
         def in_one_loop(rows, *banks):
-            return grouped.apply(self._feed_forward, rows, rows_per_expert, banks, width)
+            return grouped.apply(self._feed_forward, rows, layout.rows_per_expert, banks, width)
+
+        def in_places(*arguments):
+            return self._feed_forward(*captured(arguments), layout=captured(layout))
 
         return lambda *arguments: by_device(
-            lambda: in_one_loop(*arguments), lambda: function(*arguments)
+            lambda: in_one_loop(*arguments), lambda: in_places(*arguments)
         )
 
     def _feed_forward(self, rows, *parameters, layout=None, product=_product):

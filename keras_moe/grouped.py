@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_moe import onednn, places
+from keras_moe import exact, onednn, places
 from keras_moe.blocks import block_by_block
 from keras_moe.devices import by_device
 
@@ -68,17 +68,23 @@ def product(rows, kernel, rows_per_expert, static_shapes=False):
     Returns:
         Float tensor [M, F]; zeros behind the last expert's rows.
     """
-    return products(rows, [kernel], rows_per_expert, static_shapes)[0]
+    return _products(rows, [kernel], rows_per_expert, static_shapes, tf.matmul, tf.matmul)[0]
 
 
-def products(rows, kernels, rows_per_expert, static_shapes=False, matmul=tf.matmul):
-    """The same with several kernels: a list. `matmul` is what to call for each, if not that."""
+def exact_products(rows, kernels, rows_per_expert, static_shapes=False):
+    """The same with each of several kernels, in float32 and exact on GPUs too: a list."""
+    matmuls = exact.matmul, exact.by_parts
+    return _products(rows, kernels, rows_per_expert, static_shapes, *matmuls)
+
+
+def _products(rows, kernels, rows_per_expert, static_shapes, matmul, matmul_in_places):
     if static_shapes:
         kernels = [tf.convert_to_tensor(kernel) for kernel in kernels]
         return [block_by_block(matmul, rows, rows_per_expert, [kernel]) for kernel in kernels]
-    layout = lay_out(rows_per_expert, tf.shape(rows)[0] if rows.shape[0] is None else rows.shape[0])
+    num_rows = tf.shape(rows)[0] if rows.shape[0] is None else rows.shape[0]
+    layout = lay_out(rows_per_expert, num_rows)
     rows = arrange(rows, layout)
-    return [restore(multiply(rows, kernel, layout, matmul), layout) for kernel in kernels]
+    return [restore(multiply(rows, kernel, layout, matmul_in_places), layout) for kernel in kernels]
 
 
 def arrange(rows, layout):
@@ -101,14 +107,15 @@ def restore(rows, layout):
     return call(rows)
 
 
-def multiply(rows, kernel, layout, matmul=tf.matmul):
+def multiply(rows, kernel, layout, matmul_in_places=tf.matmul):
     """Multiplies each row by the matrix of its expert.
 
     Args:
         rows: Float tensor [R, D], as `arrange` has laid them out.
         kernel: Tensor or variable [N, D, F], maybe of another dtype, from which it is converted.
         layout: Their `Layout`.
-        matmul: What to call in place of `tf.matmul` for the result; gradients are plain products.
+        matmul_in_places: What to call for the result where rows are in places; the gradients are
+            plain products.
 
     Returns:
         Float tensor [R, F]; zeros in rows of no expert.
@@ -134,11 +141,9 @@ def multiply(rows, kernel, layout, matmul=tf.matmul):
 
         def multiplied():
             matrices = tf.cast(kernel, rows.dtype)
-            return places.multiply(rows, matrices, layout.places, matmul=matmul)
+            return places.multiply(rows, matrices, layout.places, matmul=matmul_in_places)
 
-        y = by_device(
-            lambda: _times(rows, kernel, layout.rows_per_expert, matmul=matmul), multiplied
-        )
+        y = by_device(lambda: _times(rows, kernel, layout.rows_per_expert), multiplied)
         return y, gradient
 
     return call(rows, tf.convert_to_tensor(kernel))
@@ -316,22 +321,22 @@ def join(pieces, rest):
 
 
 def _to_places(rows, layout):
-    return by_device(lambda: rows, lambda: places.arrange(rows, *layout.places))
+    return by_device(lambda: rows, lambda: places.arrange(rows, layout.places))
 
 
 def _from_places(rows, layout):
-    rows = by_device(lambda: rows, lambda: places.restore(rows, *layout.places))
+    rows = by_device(lambda: rows, lambda: places.restore(rows, layout.places))
     rows.set_shape([tf.get_static_value(layout.num_rows), rows.shape[-1]])
     return rows
 
 
-def _times(rows, kernel, rows_per_expert, transposed=False, matmul=tf.matmul):
+def _times(rows, kernel, rows_per_expert, transposed=False):
     """Each row times its expert's matrix, or the transposed one; zeros behind the last expert's."""
 
     def of_expert(piece, expert):
         matrix = tf.cast(kernel[expert], rows.dtype)
         if not transposed:
-            return matmul(piece, matrix)
+            return tf.matmul(piece, matrix)
         # With few rows `tf.matmul(piece, matrix, transpose_b=True)` takes 2 to 5 times as long
         # as these (TensorFlow 2.21, on CPUs).
         if onednn.is_in_use():

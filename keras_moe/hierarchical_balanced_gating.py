@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe import dispatch, grouped
+from keras_moe import dispatch, exact, grouped
 from keras_moe.arguments import check_pair, check_size
 from keras_moe.balanced_gating import BalancedGating, keep_best, keep_best_of_groups, scored
 from keras_moe.routing import make_routing
@@ -77,7 +77,7 @@ class HierarchicalBalancedGating(BalancedGating):
         self.secondary_thresholds = self.add_kernel("secondary_thresholds", groups, members)
 
     def call(self, x, training=None, mask=None):
-        logits = ops.matmul(x, self.primary)
+        logits = exact.matmul(x, self.primary)
         self.add_router_z_loss(logits, mask)
         scores, counted = scored(logits, mask)
         kept = keep_best(scores, counted, self.k[0], mask) if training else None
@@ -104,7 +104,9 @@ class HierarchicalBalancedGating(BalancedGating):
         """Each example times the kernels of its groups: [T·K_primary, B], by choices."""
         plan = dispatch.make_plan(primary, self.num_groups)
         rows = dispatch.dispatch(x, plan)
-        products = grouped.product(rows, self.secondary, plan.rows_per_expert, self.static_shapes)
+        (products,) = grouped.exact_products(
+            rows, [self.secondary], plan.rows_per_expert, self.static_shapes
+        )
         return dispatch.collect(products, plan)
 
     def expert_axis(self, variable):

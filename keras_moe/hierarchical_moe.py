@@ -8,7 +8,7 @@ other: expert j of group i is the leaf i·B + j of A·B.
 import keras
 from keras import ops
 
-from keras_moe import dispatch, grouped, losses
+from keras_moe import dispatch, exact, grouped, losses
 from keras_moe.arguments import as_pair, check_pair, check_size
 from keras_moe.distribute import collectives
 from keras_moe.distribute.exchange import on_their_replicas
@@ -109,12 +109,12 @@ class HierarchicalGating(NoisyGating):
 
     def call(self, x, training=None, mask=None):
         noisy = training and self.noise
-        logits = ops.matmul(x, self.primary)
+        logits = exact.matmul(x, self.primary)
         self.add_router_z_loss(logits, mask)
         group, gates, chances = self.choose(
             self.k[0],
             logits,
-            ops.matmul(x, self.primary_noise) if noisy else None,
+            exact.matmul(x, self.primary_noise) if noisy else None,
         )
         primary = make_routing(group, gates, self.num_groups, mask, chances)
 
@@ -149,7 +149,7 @@ class HierarchicalGating(NoisyGating):
         """Each example times the kernels of its groups: of each [T·K_primary, B], by choices."""
 
         def products(rows, plan):
-            return grouped.products(rows, kernels, plan.rows_per_expert, self.static_shapes)
+            return grouped.exact_products(rows, kernels, plan.rows_per_expert, self.static_shapes)
 
         if not self.expert_parallel or collectives.num_replicas() == 1:
             plan = dispatch.make_plan(primary, self.num_groups)

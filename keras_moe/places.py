@@ -14,12 +14,14 @@ Indices are int64: TensorFlow computes int32 arithmetic on the host, also where 
 blocks there are.
 """
 
+import functools
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from keras_moe import dispatch
+from keras_moe.devices import captured
+from keras_moe.sorting import index_range
 
 # What a further block costs beside its places, in rows. A card computes as much with a matrix and
 # this many rows as it takes to copy the matrix, and to add up its gradient: some hundred operations
@@ -27,9 +29,6 @@ from keras_moe import dispatch
 _COPY = 256
 # Places to choose from, in quarters of the mean. The largest number of rows is always among them.
 _QUARTERS = (4, 5, 6, 8, 12, 16, 32)
-
-
-_NO_GRADIENT = (None,) * 3  # of the fields of `Places`
 
 
 class Places(NamedTuple):
@@ -74,15 +73,15 @@ def make_places(rows_per_expert, num_rows):
     num_places, num_further = tf.unstack(numbers)
     num_places = tf.minimum(num_places, num_rows)
 
-    index = iota(num_further)
+    index = index_range(num_further)
     owner = tf.searchsorted(last, index, side="right", out_type=tf.int64)
     nth = tf.gather(1 - first, owner) + index
     begin = tf.concat([starts, tf.gather(starts, owner) + nth * size], axis=0)
     end = tf.concat([ends, tf.gather(ends, owner)], axis=0)
-    row = begin[:, None] + iota(num_places)
+    row = begin[:, None] + index_range(num_places)
     row = tf.where(row < end[:, None], row, tf.constant(-1, tf.int64))
 
-    index = iota(num_rows)
+    index = index_range(num_rows)
     expert = tf.searchsorted(ends, index, side="right", out_type=tf.int64)
     nobodys = expert == num_experts
     expert = tf.minimum(expert, num_experts - 1)
@@ -91,14 +90,6 @@ def make_places(rows_per_expert, num_rows):
     block = tf.where(nth > 0, num_experts - 1 + tf.gather(first, expert) + nth, expert)
     place = tf.where(nobodys, tf.constant(-1, tf.int64), block * size + rank % size)
     return Places(row, place, owner)
-
-
-def iota(number):
-    """0, 1, … as int64 [number]: `tf.range` has its arguments copied to the host, and constants."""
-    known = tf.get_static_value(number)
-    if known is not None:
-        return tf.constant(np.arange(known, dtype="int64"))
-    return tf.cumsum(tf.ones([number], tf.int64), exclusive=True)
 
 
 def _choose_size(counts):
@@ -117,22 +108,23 @@ def _choose_size(counts):
     return tf.gather(sizes[:, 0], best), tf.gather(further, best)
 
 
-@tf.custom_gradient
-def arrange(rows, *places):
-    """Copies rows [M, D] to their `Places`: [G·S, D], zeros in empty ones."""
-    index = tf.reshape(Places(*places).row, [-1])
-    return _take(rows, index), lambda upstream: (restore(upstream, *places), *_NO_GRADIENT)
+def arrange(rows, places):
+    """Copies rows [M, D] to their places: [G·S, D], zeros in empty ones."""
+    return _moved(rows, *captured([tf.reshape(places.row, [-1]), places.place]))
 
 
-@tf.custom_gradient
-def restore(rows, *places):
-    """Brings rows [G·S, D] back from their `Places`: [M, D], zeros for those of no expert."""
-    index = Places(*places).place
-    return _take(rows, index), lambda upstream: (arrange(upstream, *places), *_NO_GRADIENT)
+def restore(rows, places):
+    """Brings rows [G·S, D] back from their places: [M, D], zeros for those of no expert."""
+    return _moved(rows, *captured([places.place, tf.reshape(places.row, [-1])]))
 
 
-def _take(rows, index):
-    return tf.gather_nd(rows, index[:, None], bad_indices_policy="IGNORE")
+def _moved(rows, index, inverse):
+    @tf.custom_gradient
+    def call(rows):
+        y = tf.gather_nd(rows, index[:, None], bad_indices_policy="IGNORE")
+        return y, lambda upstream: _moved(tf.convert_to_tensor(upstream), inverse, index)
+
+    return call(rows)
 
 
 def multiply(rows, kernel, places, transposed=False, matmul=tf.matmul):
@@ -143,21 +135,22 @@ def multiply(rows, kernel, places, transposed=False, matmul=tf.matmul):
         kernel: Tensor [N, D, F] of the same dtype.
         places: `Places`.
         transposed: Whether to take the transposed matrices instead, [N, F, D].
-        matmul: What to call in place of `tf.matmul`.
+        matmul: What to call in place of `tf.matmul`, unless transposed.
 
     Returns:
         Float tensor [G·S, F].
     """
     num_experts = kernel.shape[0]
     blocks = _blocks(rows, places)
+    product = functools.partial(tf.matmul, transpose_b=True) if transposed else matmul
 
     def further():
         others = dispatch.spread(kernel, places.owner)
         parts = [(blocks[:num_experts], kernel), (blocks[num_experts:], others)]
-        return tf.concat([matmul(*part, transpose_b=transposed) for part in parts], axis=0)
+        return tf.concat([product(*part) for part in parts], axis=0)
 
     def even():
-        return matmul(blocks, kernel, transpose_b=transposed)
+        return product(blocks, kernel)
 
     y = tf.cond(_has_further(places), further, even)
     return tf.reshape(y, [-1, kernel.shape[-2 if transposed else -1]])

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_moe import losses
+from keras_moe import exact, losses
 from keras_moe.arguments import check_k, check_positive, check_size, check_weight
+from keras_moe.choices import top_k
 from keras_moe.distribute.noise import ReplicaSeedGenerator
 from keras_moe.saving import CheckedVariables
 
@@ -154,7 +155,7 @@ class NoisyGating(Gating):
         # NaN has no order, and no backend promises what its sort makes of one.
         logits = ops.where(ops.isnan(logits), -float("inf"), logits)
         # One more than K: the load asks for the threshold below the last choice.
-        top_logits, top_index = ops.top_k(logits, min(k + 1, num_choices))
+        top_logits, top_index = top_k(logits, min(k + 1, num_choices))
         chosen = top_logits[:, :k]
         gates = softmax(chosen, competing=logits) if k == 1 else ops.softmax(chosen)
         chances = None
@@ -198,7 +199,7 @@ class SoftmaxGating(Gating):
         self.gate_kernel = self.add_kernel("gate_kernel", input_shape[-1], self.num_experts)
 
     def call(self, x, training=None, mask=None):
-        logits = ops.matmul(x, self.gate_kernel)
+        logits = exact.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
         gates = softmax(logits, competing=logits)
         expert_index = ops.broadcast_to(
@@ -250,12 +251,12 @@ class NoisyTopKGating(NoisyGating):
 
     def call(self, x, training=None, mask=None):
         noisy = training and self.noise
-        logits = ops.matmul(x, self.gate_kernel)
+        logits = exact.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
         expert_index, gates, chances = self.choose(
             self.k,
             logits,
-            ops.matmul(x, self.noise_kernel) if noisy else None,
+            exact.matmul(x, self.noise_kernel) if noisy else None,
         )
         return make_routing(expert_index, gates, self.num_experts, mask, chances)
 
