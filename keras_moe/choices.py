@@ -1,8 +1,11 @@
 """What gatings compute of choices, in a way that neither pass needs the host of a GPU for."""
 
 import tensorflow as tf
+from keras import ops
 
 from keras_moe.sorting import index_range
+
+INDEX = "int64"  # of numbers of examples and experts that are computed with: see `sorting.py`
 
 
 def top_k(x, k):
@@ -37,12 +40,54 @@ def top_k(x, k):
     return call(x)
 
 
-def sum_by_expert(values, expert, num_experts):
-    """The sum of the values of each expert, [N].
+def rank(scores, group=None):
+    """The ranks of the examples in each column: 0 for the largest score, of equal ones the earlier.
 
     Args:
-        values: Float tensor of any shape.
-        expert: Integer tensor of the same shape; no expert where it is negative.
+        scores: Float tensor [T, N], without NaN.
+        group: int64 [T] or `None`; those of earlier groups come first.
+
+    Returns:
+        int64 [T, N].
+    """
+    columns = tf.transpose(scores)
+    size = tf.shape(columns)
+    _, order = tf.math.top_k(columns, size[1])
+    order = tf.cast(order, tf.int64)
+    if group is not None:
+        _, again = tf.math.top_k(tf.gather(-group, order), size[1])
+        order = tf.gather(order, tf.cast(again, tf.int64), batch_dims=1)
+    place = tf.gather(tf.reshape(index_range(tf.size(columns)), size), order, batch_dims=1)
+    ranks = tf.tile(index_range(size[1]), size[:1])
+    ranks = tf.tensor_scatter_nd_update(tf.zeros_like(ranks), tf.reshape(place, [-1, 1]), ranks)
+    return tf.transpose(tf.reshape(ranks, size))
+
+
+def leaves(group, member, experts_per_group):
+    """The experts' numbers among all, of choices at two levels.
+
+    Args:
+        group: int64 [T, K_primary].
+        member: int64 [T·K_primary, K_secondary], the number within the group.
+        experts_per_group: B.
+
+    Returns:
+        int64 [T, K_primary·K_secondary].
+    """
+    (num_examples, num_groups), width = ops.shape(group), ops.shape(member)[1]
+    # To the shape of the result first: TensorFlow would bring a conversion to int32 before it.
+    first = (group * experts_per_group)[:, :, None]
+    first = ops.broadcast_to(first, (num_examples, num_groups, width))
+    shape = (num_examples, num_groups * width)
+    return ops.reshape(first, shape) + ops.reshape(member, shape)
+
+
+def sum_by_expert(values, expert, num_experts):
+    """The sum of the values of each expert, [N, ...].
+
+    Args:
+        values: Float tensor [..., *rest].
+        expert: Integer tensor [...]; no expert where it is negative.
         num_experts: N.
     """
     # The gradient computes with the index.

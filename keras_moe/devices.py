@@ -61,6 +61,12 @@ def captured(tensors):
     return tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, tensors)
 
 
+@tf.custom_gradient
+def densified(x):
+    """`x`, with a dense gradient: in all branches gradients must be of the same kind."""
+    return tf.identity(x), tf.convert_to_tensor
+
+
 @contextlib.contextmanager
 def choosing(choice):
     """Inside, `by_device` calls `cpu` for 0 and `gpu` for 1, whatever the device; for tests."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_moe.devices import by_device, densified
 from keras_moe.sorting import sort
 
 
@@ -75,7 +76,7 @@ def make_plan(routing, num_experts, capacity=None):
     Returns:
         A `Plan`.
     """
-    num_examples, k = _sizes(routing.expert_index)
+    num_examples, k = _sizes(routing.gates)
     num_choices = num_examples * k
     # Not `gates == 0`: an example with NaN gates reaches no expert either.
     expert = tf.where(routing.gates > 0, tf.cast(routing.expert_index, tf.int64), num_experts)
@@ -218,6 +219,13 @@ def rearrange(x, index, inverse, filled=None, kept=None):
     return gather(x)
 
 
+def of_one_example(routing):
+    """The experts of a single example, int64 [K], 0 for choices that count for nothing; its gates."""
+    gates = routing.gates[0]
+    expert = tf.cast(routing.expert_index, tf.int64)[0]
+    return tf.where(gates > 0, expert, tf.zeros([], tf.int64)), gates
+
+
 def as_batch(row):
     """A row [1, D] as the result of a branch for one example, beside a branch for more.
 
@@ -258,23 +266,30 @@ def spread(table, index):
 
 
 def _sum_over_choices(rows, plan, weights=None):
-    """Sum over k of rows[position[:, k]], each times weights[:, k]: K gathers, no scatter."""
+    """Sum over k of rows[position[:, k]], each times weights[:, k]: gathers, no scatter."""
 
     def term(k):
         kept = None if plan.kept is None else plan.kept[:, k]
-        taken = take(rows, plan.position[:, k], kept)
+        taken = take(densified(rows), plan.position[:, k], kept)
         return taken if weights is None else taken * weights[:, k, None]
 
-    if plan.position.shape[1] is not None:
-        return sum((term(k) for k in range(1, plan.position.shape[1])), start=term(0))
-    # The gating decides K anew for every batch.
-    start = tf.zeros([tf.shape(plan.position)[0], rows.shape[-1]], rows.dtype)
-    _, total = tf.while_loop(
-        lambda k, _: k < tf.shape(plan.position)[1],
-        lambda k, total: (k + 1, total + term(k)),
-        (0, start),
-    )
-    return total
+    def one_by_one():
+        if plan.position.shape[1] is not None:
+            return sum((term(k) for k in range(1, plan.position.shape[1])), start=term(0))
+        # The gating decides K anew for every batch.
+        start = tf.zeros([tf.shape(plan.position)[0], rows.shape[-1]], rows.dtype)
+        _, total = tf.while_loop(
+            lambda k, _: k < tf.shape(plan.position)[1],
+            lambda k, total: (k + 1, total + term(k)),
+            (0, start),
+        )
+        return total
+
+    def at_once():
+        taken = take(densified(rows), plan.position, plan.kept)
+        return tf.reduce_sum(taken if weights is None else taken * weights[..., None], axis=1)
+
+    return by_device(one_by_one, at_once)
 
 
 def _take_rows(x, index, plan):
@@ -302,10 +317,10 @@ def _rank(row, expert, counts):
     return row - tf.gather(tf.cumsum(counts, exclusive=True), expert)
 
 
-def _sizes(expert_index):
+def _sizes(gates):
     """T and K, as integers where they are known."""
-    shape = tf.shape(expert_index)
-    return [shape[i] if size is None else size for i, size in enumerate(expert_index.shape)]
+    shape = tf.shape(gates)
+    return [shape[i] if size is None else size for i, size in enumerate(gates.shape)]
 
 
 def _per_example(values, k):

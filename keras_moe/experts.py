@@ -86,7 +86,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
     Call arguments:
         rows: Float tensor [M, D], sorted by expert, or [N, C, D].
         rows_per_expert: int32 [N], their sum at most M; `None` with [N, C, D].
-        experts: int32 [K], K known, experts for each of which `rows` is the same example [1, D].
+        experts: int64 [K], K known, experts for each of which `rows` is the same example [1, D].
         training: Whether there will be a backward pass; without, it can be had all the same, but
             computes the hidden activations again.
 

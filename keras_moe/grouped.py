@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from keras_moe import exact, onednn, places
 from keras_moe.blocks import block_by_block
-from keras_moe.devices import by_device
+from keras_moe.devices import by_device, densified
 
 # By these the batch is weighed against the loop, measured with 2 cores, in the time that one row of
 # an expert takes.
@@ -228,7 +228,7 @@ def one_example(function, x, experts, banks):
         function: Called with `x` [1, D] and an expert's parameters [...] of each bank, or with
             [1, 1, D] and those of all K experts [K, ...].
         x: Float tensor [1, D].
-        experts: int32 [K], K known.
+        experts: Integer tensor [K], K known.
         banks: List of tensors or variables [N, ...], the experts' parameters.
 
     Returns:
@@ -396,13 +396,7 @@ def _in_places(rows, rows_per_expert):
     place = tf.range(tf.reduce_max(rows_per_expert))
     first = tf.cumsum(rows_per_expert, exclusive=True)
     row = tf.where(place < rows_per_expert[:, None], first[:, None] + place, -1)
-    return tf.gather_nd(_densified(rows), row[..., None], bad_indices_policy="IGNORE")
-
-
-@tf.custom_gradient
-def _densified(x):
-    """`x`, with a dense gradient: branches of a choice must have gradients of the same kind."""
-    return tf.identity(x), tf.convert_to_tensor
+    return tf.gather_nd(densified(rows), row[..., None], bad_indices_policy="IGNORE")
 
 
 def _expert_of_row(rows_per_expert, num_rows):

@@ -6,6 +6,7 @@ from keras import ops
 from keras_moe import dispatch, exact, grouped
 from keras_moe.arguments import check_pair, check_size
 from keras_moe.balanced_gating import BalancedGating, keep_best, keep_best_of_groups, scored
+from keras_moe.choices import leaves
 from keras_moe.routing import make_routing
 
 
@@ -94,10 +95,8 @@ class HierarchicalBalancedGating(BalancedGating):
             kept = keep_best_of_groups(scores, counted, self.k[1], group, received, self.num_groups)
         thresholds = dispatch.spread(self.secondary_thresholds, group)
         member, gates = self.choose(scores, thresholds, counted, kept)
-        leaf = group[:, None] * self.experts_per_group + member
-        gates *= ops.reshape(primary.gates, (-1, 1))
-        shape = (ops.shape(x)[0], ops.shape(index)[1] * ops.shape(member)[1])
-        leaf, gates = ops.reshape(leaf, shape), ops.reshape(gates, shape)
+        leaf = leaves(index, member, self.experts_per_group)
+        gates = ops.reshape(gates * ops.reshape(primary.gates, (-1, 1)), ops.shape(leaf))
         return make_routing(leaf, gates, self.num_experts)
 
     def _multiply(self, x, primary):

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_moe import dispatch, exact, grouped, losses
 from keras_moe.arguments import as_pair, check_pair, check_size
+from keras_moe.choices import leaves, sum_by_expert
 from keras_moe.distribute import collectives
 from keras_moe.distribute.exchange import on_their_replicas
 from keras_moe.distribute.sharded_variable import sharded_rows
@@ -127,8 +128,8 @@ class HierarchicalGating(NoisyGating):
             logits,
             noise_logits[0] if noisy else None,
         )
-        leaf = ops.reshape(group, (-1, 1)) * self.experts_per_group + member
-        gates *= ops.reshape(primary.gates, (-1, 1))
+        leaf = leaves(group, member, self.experts_per_group)
+        gates = ops.reshape(gates * ops.reshape(primary.gates, (-1, 1)), ops.shape(leaf))
 
         secondary_load = self._secondary_load(primary, leaf, gates, chances)
         received = losses.hard_load(primary.gates, group, self.num_groups)  # |X⁽ⁱ⁾|
@@ -137,10 +138,9 @@ class HierarchicalGating(NoisyGating):
             collectives.all_sum(ops.stack([primary.load, received]))
         )
         share = primary_load / ops.maximum(received, 1.0)
-        per_example = (-1, self.k[0] * self.k[1])
         return Routing(
-            expert_index=ops.reshape(leaf, per_example),
-            gates=ops.reshape(gates, per_example),
+            expert_index=ops.cast(leaf, "int32"),
+            gates=gates,
             importance=losses.importance(gates, leaf, self.num_experts),
             load=ops.reshape(share[:, None] * secondary_load, (-1,)),
         )
@@ -173,11 +173,9 @@ class HierarchicalGating(NoisyGating):
             return ops.reshape(load, (self.num_groups, self.experts_per_group))
         received = ops.reshape(primary.gates > 0, (-1, 1))
         counted = ops.logical_and(received, ops.isfinite(chances))
-        return ops.segment_sum(
-            ops.where(counted, chances, 0.0),
-            ops.reshape(primary.expert_index, (-1,)),
-            num_segments=self.num_groups,
-        )
+        chances = ops.where(counted, chances, 0.0)
+        chances = ops.reshape(chances, (*ops.shape(primary.gates), self.experts_per_group))
+        return sum_by_expert(chances, primary.expert_index, self.num_groups)
 
     def expert_axis(self, variable):
         axes = {"primary": 1, "primary_noise": 1, "secondary": 0, "secondary_noise": 0}

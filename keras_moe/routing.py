@@ -40,7 +40,7 @@ def make_routing(expert_index, gates, num_experts, mask=None, chances=None):
     """Takes masked examples out of the gates and measures the balance of what is left.
 
     Args:
-        expert_index: int32 tensor [T, K].
+        expert_index: Integer tensor [T, K].
         gates: float32 tensor [T, K].
         num_experts: N.
         mask: Boolean tensor [T] or `None`; examples with `False` get gates of 0.
@@ -60,7 +60,7 @@ def make_routing(expert_index, gates, num_experts, mask=None, chances=None):
             counted = ops.logical_and(counted, mask[:, None])
         load = ops.sum(ops.where(counted, chances, 0.0), axis=0)
     importance = losses.importance(gates, expert_index, num_experts)
-    return Routing(expert_index, gates, importance, load)
+    return Routing(ops.cast(expert_index, "int32"), gates, importance, load)
 
 
 def check_routing(routing, num_experts):
@@ -142,7 +142,7 @@ class NoisyGating(Gating):
             noise_logits: float32 tensor [T, N], x·W_noise, or `None` to leave out the noise.
 
         Returns:
-            The choices, int32 [T, K], in decreasing order of H(x), equal logits in increasing
+            The choices, `INDEX` [T, K], in decreasing order of H(x), equal logits in increasing
             order of index; their gates, float32 [T, K]; and each expert's chance to be chosen,
             float32 [T, N], `None` where there is no noise, or nothing to choose.
         """
@@ -161,7 +161,7 @@ class NoisyGating(Gating):
         chances = None
         if noise_logits is not None and k < num_choices:
             chances = losses.load(clean_logits, logits, stddev, top_logits)
-        return ops.cast(top_index[:, :k], "int32"), gates, chances
+        return top_index[:, :k], gates, chances
 
     def get_config(self):
         return {
