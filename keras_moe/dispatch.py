@@ -220,7 +220,7 @@ def rearrange(x, index, inverse, filled=None, kept=None):
 
 
 def of_one_example(routing):
-    """The experts of a single example, int64 [K], 0 for choices that count for nothing; its gates."""
+    """Experts of a single example, int64 [K], 0 for a choice that counts for nothing, and gates."""
     gates = routing.gates[0]
     expert = tf.cast(routing.expert_index, tf.int64)[0]
     return tf.where(gates > 0, expert, tf.zeros([], tf.int64)), gates
