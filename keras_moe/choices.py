@@ -23,7 +23,8 @@ def top_k(x, k):
     @tf.custom_gradient
     def call(x):
         values, index = tf.math.top_k(x, k)
-        index = tf.cast(index, tf.int64)
+        # The maximum, as TensorFlow would do before the conversion what only moves numbers.
+        index = tf.maximum(tf.cast(index, tf.int64), 0)
 
         def gradient(upstream, _):  # TensorFlow's own scatters by int32.
             width = tf.constant(x.shape[-1], tf.int64)
