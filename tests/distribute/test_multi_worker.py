@@ -50,12 +50,7 @@ class Workers:
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
             }
-            command = [
-                sys.executable,
-                WORKER,
-                folder,
-                *arguments,
-            ]
+            command = [sys.executable, WORKER, folder, *arguments]
             with open(folder / f"{index}.log", "w") as log:
                 process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             self.processes.append(process)
