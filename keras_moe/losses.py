@@ -5,6 +5,8 @@ Pure functions of `keras.ops`. N experts, T examples, K experts chosen per examp
 
 from keras import config, ops
 
+from keras_moe.choices import sum_by_expert
+
 # Keeps CV² defined when nothing was routed. The original implementation uses the same value.
 _EPSILON = 1e-10
 
@@ -50,9 +52,7 @@ def importance(gates, expert_index, num_experts):
         Float tensor [N], differentiable with respect to `gates`.
     """
     finite = ops.where(ops.isfinite(gates), gates, 0.0)
-    return ops.segment_sum(
-        ops.reshape(finite, [-1]), ops.reshape(expert_index, [-1]), num_segments=num_experts
-    )
+    return sum_by_expert(finite, expert_index, num_experts)
 
 
 def hard_load(gates, expert_index, num_experts):

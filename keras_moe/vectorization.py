@@ -2,7 +2,8 @@
 
 They turn a loop into one graph, operation by operation: each then works on the values of all turns,
 stacked. Sorted rows don't stack, as experts have other numbers of rows in every turn. So what goes
-from expert to expert stands in the graph as one operation, which such a loop runs turn by turn.
+from expert to expert stands in the graph as one operation, the choice between the ways of CPUs and
+GPUs, which such a loop runs turn by turn.
 
 `pfor_converter` of an operation, where TensorFlow looks before it asks its own registry, is private
 (checked with TensorFlow 2.21); tests fail where it has changed.
@@ -12,21 +13,19 @@ import tensorflow as tf
 from tensorflow.python.ops.parallel_for import pfor
 
 
-def turn_by_turn(function, *arguments):
-    """Calls a function of tensors, in a graph as one operation, which isn't vectorised.
+def run_turn_by_turn(results):
+    """Has a vectorised loop run one operation turn by turn.
 
     Args:
-        function: Of tensors; returns a tensor. Other tensors that it uses are found.
-        *arguments: The tensors.
+        results: What `tf.switch_case` has returned in a graph: a structure of tensors.
 
     Returns:
-        The function's result.
+        The same.
     """
-    if tf.executing_eagerly():  # Only graphs are vectorised.
-        return function(*arguments)
-    result = tf.function(function, autograph=False)(*arguments)
-    result.op.pfor_converter = _run_turn_by_turn
-    return result
+    for result in tf.nest.flatten(results)[:1]:
+        (choice,) = {x.op for x in result.op.inputs}  # TensorFlow hands on a copy of each result.
+        choice.pfor_converter = _run_turn_by_turn
+    return results
 
 
 def largest_of_turns(size):
@@ -57,15 +56,15 @@ def refuse_vectorising(tensor, what):
         tensor.op.pfor_converter = refuse
 
 
-def batched_product(rows, kernels):
-    """Multiplies rows [N, M, D] by kernels [N, D, F].
+def matmul_each(a, b, **transposed):
+    """As `tf.matmul` of two matrices, or of as many on each side.
 
     A batch of a single matrix, in a vectorised loop one [turns, 1, M, D], writes beyond its result
     and takes the process down (TensorFlow 2.21 with oneDNN, on CPUs that have AMX).
     """
-    if kernels.shape[0] == 1:
-        return tf.matmul(rows[0], kernels[0])[None]
-    return tf.matmul(rows, kernels)
+    if len(b.shape) == 3 and b.shape[0] == 1:
+        return tf.matmul(a[0], b[0], **transposed)[None]
+    return tf.matmul(a, b, **transposed)
 
 
 def _run_turn_by_turn(operation):

@@ -12,6 +12,7 @@ enough for every load. As N·(S - 1) ≤ M, that is at most twice the rows.
 import tensorflow as tf
 
 from keras_moe.dispatch import rearrange, spread
+from keras_moe.sorting import index_range
 
 
 def block_by_block(function, rows, rows_per_expert, banks):
@@ -27,34 +28,39 @@ def block_by_block(function, rows, rows_per_expert, banks):
     Returns:
         Float tensor [M, width]; zeros behind the last expert's rows.
     """
-    num_rows, num_experts = tf.shape(rows)[0], rows_per_expert.shape[0]
+    num_rows = tf.shape(rows)[0] if rows.shape[0] is None else rows.shape[0]
+    num_experts, counts = rows_per_expert.shape[0], tf.cast(rows_per_expert, tf.int64)
     if num_experts == 1:  # A single block.
-        kept = (tf.range(num_rows) < rows_per_expert)[:, None]
+        kept = (index_range(num_rows) < counts)[:, None]
         rows = tf.where(kept, rows, tf.zeros([], rows.dtype))
         y = function(rows[None], *banks)[0]
         return tf.where(kept, y, tf.zeros([], y.dtype))
+    smaller, larger = (min, max) if isinstance(num_rows, int) else (tf.minimum, tf.maximum)
     # Blocks as large as the even share: at most N of them are not full, which doubles the rows.
-    size = tf.maximum((num_rows + num_experts - 1) // num_experts, 1)
+    size = larger((num_rows + num_experts - 1) // num_experts, 1)
     # Each expert that has rows leaves at most size - 1 places empty.
-    num_blocks = (num_rows + tf.minimum(num_experts, num_rows) * (size - 1)) // size
+    num_blocks = (num_rows + smaller(num_experts, num_rows) * (size - 1)) // size
 
-    last_row, last_block = (
-        tf.cumsum(count) for count in (rows_per_expert, (rows_per_expert + size - 1) // size)
-    )
-    first_row, first_block = (tf.concat([[0], last], axis=0) for last in (last_row, last_block))
+    places = tf.cast(size, tf.int64)
+    last_row, last_block = (tf.cumsum(count) for count in (counts, (counts + places - 1) // places))
+    none = tf.zeros([1], tf.int64)
+    first_row, first_block = (tf.concat([none, last], axis=0) for last in (last_row, last_block))
 
-    expert = tf.searchsorted(last_block, tf.range(num_blocks), side="right")
+    block = index_range(num_blocks)
+    expert = tf.searchsorted(last_block, block, side="right", out_type=tf.int64)
     expert = tf.minimum(expert, num_experts - 1)  # Blocks that nobody needs.
-    rank = (tf.range(num_blocks) - tf.gather(first_block, expert))[:, None] * size + tf.range(size)
-    filled = tf.reshape(rank < tf.gather(rows_per_expert, expert)[:, None], [-1])
+    rank = (block - tf.gather(first_block, expert))[:, None] * places + index_range(size)
+    filled = tf.reshape(rank < tf.gather(counts, expert)[:, None], [-1])
     source = tf.reshape(rank + tf.gather(first_row, expert)[:, None], [-1])
 
-    expert_of_row = tf.searchsorted(last_row, tf.range(num_rows), side="right")
-    place = tf.range(num_rows) - tf.gather(first_row, expert_of_row)
-    place += tf.gather(first_block, expert_of_row) * size
+    row = index_range(num_rows)
+    expert_of_row = tf.searchsorted(last_row, row, side="right", out_type=tf.int64)
+    place = row - tf.gather(first_row, expert_of_row)
+    place += tf.gather(first_block, expert_of_row) * places
     kept = expert_of_row < num_experts
 
-    source, place = tf.where(filled, source, 0), tf.where(kept, place, 0)
+    nothing = tf.zeros([], tf.int64)
+    source, place = tf.where(filled, source, nothing), tf.where(kept, place, nothing)
     blocks = rearrange(rows, source, place, filled, kept)
     blocks = tf.reshape(blocks, [num_blocks, size, rows.shape[-1]])
     y = function(blocks, *[spread(bank, expert) for bank in banks])

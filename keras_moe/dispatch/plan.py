@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_moe.devices import by_device, densified
+from keras_moe.sorting import sort
+
 
 class Plan(NamedTuple):
     """Where each row goes: R rows, T·K or, with a capacity, N·C.
 
     Attributes:
-        example: int32 [R], the example that each row is a copy of; T for an empty place.
-        choice: int32 [R], which of all choices (example·K + k) each row is; T·K for an empty place.
-        position: int32 [T, K], the row of each choice.
+        example: int64 [R], the example that each row is a copy of; T for an empty place.
+        choice: int64 [R], which of all choices (example·K + k) each row is; T·K for an empty place.
+        position: int64 [T, K], the row of each choice.
         rows_per_expert: int32 [N]; `None` with a capacity, as then each has C.
         num_experts: N.
         capacity: C, an integer or int32 scalar, or `None`.
@@ -73,31 +76,35 @@ def make_plan(routing, num_experts, capacity=None):
     Returns:
         A `Plan`.
     """
-    num_examples, k = _sizes(routing.expert_index)
+    num_examples, k = _sizes(routing.gates)
     num_choices = num_examples * k
     # Not `gates == 0`: an example with NaN gates reaches no expert either.
-    expert = tf.where(routing.gates > 0, routing.expert_index, num_experts)
+    expert = tf.where(routing.gates > 0, tf.cast(routing.expert_index, tf.int64), num_experts)
     expert = tf.reshape(tf.transpose(expert), [-1])  # all first choices, then all second ones, …
-    order, row, counts = _sort(expert, num_experts + 1)
+    order, row, counts = sort(expert, num_experts + 1)
     if capacity is None:
         position, rows_per_expert, kept, fraction_dropped = row, counts[:-1], None, None
+        rows_per_expert = tf.cast(rows_per_expert, tf.int32)  # as banks of experts are called
     else:
-        rank, num_rows = _rank(row, expert, counts), num_experts * capacity
-        has_place = tf.logical_and(rank < capacity, expert < num_experts)
-        place = expert * capacity + rank
+        places = tf.cast(capacity, tf.int64)
+        rank, num_rows = _rank(row, expert, counts), num_experts * places
+        has_place = tf.logical_and(rank < places, expert < num_experts)
+        place = expert * places + rank
         # One row more, for all that have none.
-        row, position = tf.where(has_place, place, num_rows), tf.where(has_place, place, 0)
-        order = tf.fill([num_rows + 1], num_choices)
-        order = tf.tensor_scatter_nd_update(order, row[:, None], tf.range(num_choices))[:num_rows]
+        row = tf.where(has_place, place, num_rows)
+        position = tf.where(has_place, place, tf.zeros([], tf.int64))
+        empty = tf.fill([num_experts * capacity + 1], tf.cast(num_choices, tf.int64))
+        order = tf.tensor_scatter_nd_update(empty, tf.gather(row, order)[:, None], order)[:-1]
         rows_per_expert, kept = None, _per_example(has_place, k)
-        fraction_dropped = fraction(tf.maximum(counts[:-1] - capacity, 0), counts[:-1])
+        fraction_dropped = fraction(tf.maximum(counts[:-1] - places, 0), counts[:-1])
 
-    example = order % tf.maximum(num_examples, 1)  # There may be no example, and no row then.
-    choice = example * k + order // tf.maximum(num_examples, 1)
+    divisor = tf.cast(tf.maximum(num_examples, 1), tf.int64)  # There may be no example, and no row.
+    example = order % divisor
+    choice = example * tf.cast(k, tf.int64) + order // divisor
     if capacity is not None:
-        is_empty = order == num_choices
-        example = tf.where(is_empty, num_examples, example)
-        choice = tf.where(is_empty, num_choices, choice)
+        is_empty = order == tf.cast(num_choices, tf.int64)
+        example = tf.where(is_empty, tf.cast(num_examples, tf.int64), example)
+        choice = tf.where(is_empty, tf.cast(num_choices, tf.int64), choice)
 
     return Plan(
         example=example,
@@ -193,8 +200,8 @@ def rearrange(x, index, inverse, filled=None, kept=None):
 
     Args:
         x: Tensor [A, D].
-        index: int32 [B], the row of `x` that each row of the result is.
-        inverse: int32 [A], the row of the result that each row of `x` became.
+        index: Integer tensor [B], the row of `x` that each row of the result is.
+        inverse: Integer tensor [A], the row of the result that each row of `x` became.
         filled: bool [B] or `None`; zeros where `False`.
         kept: bool [A] or `None`; `False` for a row of `x` that the result leaves out.
 
@@ -210,6 +217,13 @@ def rearrange(x, index, inverse, filled=None, kept=None):
         return take(x, index, filled), gradient
 
     return gather(x)
+
+
+def of_one_example(routing):
+    """Experts of a single example, int64 [K], 0 for a choice that counts for nothing, and gates."""
+    gates = routing.gates[0]
+    expert = tf.cast(routing.expert_index, tf.int64)[0]
+    return tf.where(gates > 0, expert, tf.zeros([], tf.int64)), gates
 
 
 def as_batch(row):
@@ -239,6 +253,7 @@ def take(x, index, valid=None):
 
 def spread(table, index):
     """table[index] along the first axis. Each row's gradient is a sum, and all of it dense."""
+    index = tf.identity(index)  # The gradient closes over it: see `devices.captured`.
 
     @tf.custom_gradient
     def gather(table):
@@ -251,23 +266,30 @@ def spread(table, index):
 
 
 def _sum_over_choices(rows, plan, weights=None):
-    """Sum over k of rows[position[:, k]], each times weights[:, k]: K gathers, no scatter."""
+    """Sum over k of rows[position[:, k]], each times weights[:, k]: gathers, no scatter."""
 
     def term(k):
         kept = None if plan.kept is None else plan.kept[:, k]
-        taken = take(rows, plan.position[:, k], kept)
+        taken = take(densified(rows), plan.position[:, k], kept)
         return taken if weights is None else taken * weights[:, k, None]
 
-    if plan.position.shape[1] is not None:
-        return sum((term(k) for k in range(1, plan.position.shape[1])), start=term(0))
-    # The gating decides K anew for every batch.
-    start = tf.zeros([tf.shape(plan.position)[0], rows.shape[-1]], rows.dtype)
-    _, total = tf.while_loop(
-        lambda k, _: k < tf.shape(plan.position)[1],
-        lambda k, total: (k + 1, total + term(k)),
-        (0, start),
-    )
-    return total
+    def one_by_one():
+        if plan.position.shape[1] is not None:
+            return sum((term(k) for k in range(1, plan.position.shape[1])), start=term(0))
+        # The gating decides K anew for every batch.
+        start = tf.zeros([tf.shape(plan.position)[0], rows.shape[-1]], rows.dtype)
+        _, total = tf.while_loop(
+            lambda k, _: k < tf.shape(plan.position)[1],
+            lambda k, total: (k + 1, total + term(k)),
+            (0, start),
+        )
+        return total
+
+    def at_once():
+        taken = take(densified(rows), plan.position, plan.kept)
+        return tf.reduce_sum(taken if weights is None else taken * weights[..., None], axis=1)
+
+    return by_device(one_by_one, at_once)
 
 
 def _take_rows(x, index, plan):
@@ -280,8 +302,9 @@ def _take_rows(x, index, plan):
 
 def ranks(expert, num_experts):
     """Of each row its number among the rows of its expert, and how many rows each expert has."""
-    _, row, counts = _sort(expert, num_experts)
-    return _rank(row, expert, counts), counts
+    expert = tf.cast(expert, tf.int64)
+    _, row, counts = sort(expert, num_experts)
+    return tf.cast(_rank(row, expert, counts), tf.int32), tf.cast(counts, tf.int32)
 
 
 def fraction(part, whole):
@@ -290,23 +313,14 @@ def fraction(part, whole):
     return part / tf.maximum(whole, 1.0)
 
 
-def _sort(expert, num_experts):
-    """Which entry comes at each row when sorted, the row of each entry, the entries per expert."""
-    order, number = tf.argsort(expert, stable=True), tf.shape(expert)
-    # A `bincount` that XLA compiles, and an `invert_permutation` that it compiles whatever the
-    # gating has done.
-    counts = tf.math.unsorted_segment_sum(tf.ones_like(expert), expert, num_experts)
-    return order, tf.scatter_nd(order[:, None], tf.range(number[0]), number), counts
-
-
 def _rank(row, expert, counts):
     return row - tf.gather(tf.cumsum(counts, exclusive=True), expert)
 
 
-def _sizes(expert_index):
+def _sizes(gates):
     """T and K, as integers where they are known."""
-    shape = tf.shape(expert_index)
-    return [shape[i] if size is None else size for i, size in enumerate(expert_index.shape)]
+    shape = tf.shape(gates)
+    return [shape[i] if size is None else size for i, size in enumerate(gates.shape)]
 
 
 def _per_example(values, k):

@@ -16,6 +16,7 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_size
+from keras_moe.devices import by_device, captured
 from keras_moe.dispatch import grouped_products as grouped
 from keras_moe.dispatch.blocks import block_by_block
 from keras_moe.dispatch.recomputation import recomputed, recomputing
@@ -25,7 +26,7 @@ from keras_moe.experts.int8 import Int8Kernels
 from keras_moe.inputs import as_input, as_numbers
 from keras_moe.regularizers import of_each_expert
 from keras_moe.saving import CheckedVariables
-from keras_moe.vectorization import batched_product
+from keras_moe.vectorization import matmul_each
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
 GATED_ACTIVATIONS = {
@@ -48,8 +49,7 @@ def takes_one_example(bank):
 
 
 def _product(rows, kernel):
-    kernel = ops.cast(kernel, rows.dtype)  # It may be stored in another dtype.
-    return batched_product(rows, kernel) if len(kernel.shape) == 3 else ops.matmul(rows, kernel)
+    return matmul_each(rows, ops.cast(kernel, rows.dtype))  # It may be stored in another dtype.
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -90,7 +90,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
     Call arguments:
         rows: Float tensor [M, D], sorted by expert, or [N, C, D].
         rows_per_expert: int32 [N], their sum at most M; `None` with [N, C, D].
-        experts: int32 [K], K known, experts for each of which `rows` is the same example [1, D].
+        experts: int64 [K], K known, experts for each of which `rows` is the same example [1, D].
         training: Whether there will be a backward pass; without, it can be had all the same, but
             computes the hidden activations again.
 
@@ -198,16 +198,17 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         if experts is not None:
             function = functools.partial(self._feed_forward, product=grouped.row_times)
             return grouped.one_example(function, rows, experts, banks)
-        in_blocks = rows_per_expert is not None and self.static_shapes
-        function, in_one_loop = self._feed_forward, None
-        if rows_per_expert is not None and not in_blocks:
-            function = functools.partial(self._feed_forward, rows_per_expert=rows_per_expert)
-            if grouped.loops_are_cheap():
-                in_one_loop = self._in_one_loop(rows_per_expert)
-        if self.recompute or (in_one_loop and not training):
-            function = recomputed(function, in_one_loop)
-        if in_blocks:
+        if rows_per_expert is None or self.static_shapes:
+            function = recomputed(self._feed_forward) if self.recompute else self._feed_forward
+            if rows_per_expert is None:
+                return function(rows, *banks)
             return block_by_block(function, rows, rows_per_expert, banks)
+        layout = grouped.lay_out(rows_per_expert, ops.shape(rows)[0])
+        function, forward = functools.partial(self._feed_forward, layout=layout), None
+        if not training:
+            forward = self._forward(layout)
+        if forward or self.recompute:
+            function = recomputed(function, forward)
         return function(rows, *banks)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
@@ -216,20 +217,27 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
             return layer_call
         return recomputing(layer_call, [self])
 
-    def _in_one_loop(self, rows_per_expert):
+    def _forward(self, layout):
+        """The fastest way without a backward pass."""
         width = self.kernels[-1].shape[-1]
-        return lambda rows, *banks: grouped.apply(
-            self._feed_forward, rows, rows_per_expert, banks, width
+
+        def in_one_loop(rows, *banks):
+            return grouped.apply(self._feed_forward, rows, layout.rows_per_expert, banks, width)
+
+        def in_places(*arguments):
+            return self._feed_forward(*captured(arguments), layout=captured(layout))
+
+        return lambda *arguments: by_device(
+            lambda: in_one_loop(*arguments), lambda: in_places(*arguments)
         )
 
-    def _feed_forward(self, rows, *parameters, rows_per_expert=None, product=_product):
+    def _feed_forward(self, rows, *parameters, layout=None, product=_product):
         """One expert on its rows [M, D], G of them on theirs [G, M, D], or all on sorted rows."""
         of_rows = functools.partial(ops.expand_dims, axis=-2)
-        if rows_per_expert is not None:
-            product = functools.partial(grouped.product, rows_per_expert=rows_per_expert)
-            of_rows = functools.partial(
-                grouped.of_rows, rows_per_expert=rows_per_expert, num_rows=ops.shape(rows)[0]
-            )
+        if layout is not None:
+            rows = grouped.arrange(rows, layout)
+            product = functools.partial(grouped.multiply, layout=layout)
+            of_rows = functools.partial(grouped.of_rows, layout=layout)
         number = len(self.kernels)
         kernels, others = parameters[:number], parameters[number:]
         scales, biases = others[: len(self.scales)], others[len(self.scales) :]
@@ -241,7 +249,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
                 rows = ops.divide_no_nan(rows, of_rows(scales[i]))
             if biases:
                 rows += of_rows(biases[i])
-        return rows
+        return rows if layout is None else grouped.restore(rows, layout)
 
     def _activate(self, rows):
         if not self._gated:

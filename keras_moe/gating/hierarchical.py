@@ -8,8 +8,9 @@ other: expert j of group i is the leaf i·B + j of A·B.
 import keras
 from keras import ops
 
-from keras_moe import dispatch, losses
+from keras_moe import dispatch, exact, losses
 from keras_moe.arguments import check_pair, check_size
+from keras_moe.choices import leaves, sum_by_expert
 from keras_moe.dispatch import grouped_products as grouped
 from keras_moe.distribute import collectives
 from keras_moe.distribute.exchange import on_their_replicas
@@ -109,12 +110,12 @@ class HierarchicalGating(NoisyGating):
     def call(self, x, training=None, mask=None):
         x, mask = self.examples(x, mask)
         noisy = training and self.noise
-        logits = ops.matmul(x, self.primary)
+        logits = exact.matmul(x, self.primary)
         self.add_router_z_loss(logits, mask)
         group, gates, chances = self.choose(
             self.k[0],
             logits,
-            ops.matmul(x, self.primary_noise) if noisy else None,
+            exact.matmul(x, self.primary_noise) if noisy else None,
         )
         primary = make_routing(group, gates, self.num_groups, mask, chances)
 
@@ -127,8 +128,8 @@ class HierarchicalGating(NoisyGating):
             logits,
             noise_logits[0] if noisy else None,
         )
-        leaf = ops.reshape(group, (-1, 1)) * self.experts_per_group + member
-        gates *= ops.reshape(primary.gates, (-1, 1))
+        leaf = leaves(group, member, self.experts_per_group)
+        gates = ops.reshape(gates * ops.reshape(primary.gates, (-1, 1)), ops.shape(leaf))
 
         secondary_load = self._secondary_load(primary, leaf, gates, chances)
         received = losses.hard_load(primary.gates, group, self.num_groups)  # |X⁽ⁱ⁾|
@@ -137,10 +138,9 @@ class HierarchicalGating(NoisyGating):
             collectives.all_sum(ops.stack([primary.load, received]))
         )
         share = primary_load / ops.maximum(received, 1.0)
-        per_example = (-1, self.k[0] * self.k[1])
         return Routing(
-            expert_index=ops.reshape(leaf, per_example),
-            gates=ops.reshape(gates, per_example),
+            expert_index=ops.cast(leaf, "int32"),
+            gates=gates,
             importance=losses.importance(gates, leaf, self.num_experts),
             load=ops.reshape(share[:, None] * secondary_load, (-1,)),
         )
@@ -149,10 +149,7 @@ class HierarchicalGating(NoisyGating):
         """Each example times the kernels of its groups: of each [T·K_primary, B], by choices."""
 
         def products(rows, plan):
-            return [
-                grouped.product(rows, kernel, plan.rows_per_expert, self.static_shapes)
-                for kernel in kernels
-            ]
+            return grouped.exact_products(rows, kernels, plan.rows_per_expert, self.static_shapes)
 
         if not self.expert_parallel or collectives.num_replicas() == 1:
             plan = dispatch.make_plan(primary, self.num_groups)
@@ -176,11 +173,9 @@ class HierarchicalGating(NoisyGating):
             return ops.reshape(load, (self.num_groups, self.experts_per_group))
         received = ops.reshape(primary.gates > 0, (-1, 1))
         counted = ops.logical_and(received, ops.isfinite(chances))
-        return ops.segment_sum(
-            ops.where(counted, chances, 0.0),
-            ops.reshape(primary.expert_index, (-1,)),
-            num_segments=self.num_groups,
-        )
+        chances = ops.where(counted, chances, 0.0)
+        chances = ops.reshape(chances, (*ops.shape(primary.gates), self.experts_per_group))
+        return sum_by_expert(chances, primary.expert_index, self.num_groups)
 
     def expert_axis(self, variable):
         axes = {"primary": 1, "primary_noise": 1, "secondary": 0, "secondary_noise": 0}

@@ -3,8 +3,9 @@
 import keras
 from keras import ops
 
-from keras_moe import dispatch
+from keras_moe import dispatch, exact
 from keras_moe.arguments import check_pair, check_size
+from keras_moe.choices import leaves
 from keras_moe.dispatch import grouped_products as grouped
 from keras_moe.gating.routing import make_routing
 from keras_moe.gating.strictly_balanced import (
@@ -85,7 +86,7 @@ class HierarchicalBalancedGating(BalancedGating):
 
     def call(self, x, training=None, mask=None):
         x, mask = self.examples(x, mask)
-        logits = ops.matmul(x, self.primary)
+        logits = exact.matmul(x, self.primary)
         self.add_router_z_loss(logits, mask)
         scores, counted = scored(logits, mask)
         kept = keep_best(scores, counted, self.k[0], mask) if training else None
@@ -102,17 +103,17 @@ class HierarchicalBalancedGating(BalancedGating):
             kept = keep_best_of_groups(scores, counted, self.k[1], group, received, self.num_groups)
         thresholds = dispatch.spread(self.secondary_thresholds, group)
         member, gates = self.choose(scores, thresholds, counted, kept)
-        leaf = group[:, None] * self.experts_per_group + member
-        gates *= ops.reshape(primary.gates, (-1, 1))
-        shape = (ops.shape(x)[0], ops.shape(index)[1] * ops.shape(member)[1])
-        leaf, gates = ops.reshape(leaf, shape), ops.reshape(gates, shape)
+        leaf = leaves(index, member, self.experts_per_group)
+        gates = ops.reshape(gates * ops.reshape(primary.gates, (-1, 1)), ops.shape(leaf))
         return make_routing(leaf, gates, self.num_experts)
 
     def _multiply(self, x, primary):
         """Each example times the kernels of its groups: [T·K_primary, B], by choices."""
         plan = dispatch.make_plan(primary, self.num_groups)
         rows = dispatch.dispatch(x, plan)
-        products = grouped.product(rows, self.secondary, plan.rows_per_expert, self.static_shapes)
+        (products,) = grouped.exact_products(
+            rows, [self.secondary], plan.rows_per_expert, self.static_shapes
+        )
         return dispatch.collect(products, plan)
 
     def expert_axis(self, variable):

@@ -11,8 +11,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import losses
+from keras_moe import exact, losses
 from keras_moe.arguments import check_k, check_positive, check_size, check_weight
+from keras_moe.choices import top_k
 from keras_moe.distribute.noise import ReplicaSeedGenerator
 from keras_moe.inputs import as_input, as_mask
 from keras_moe.own_losses import OwnLosses
@@ -46,7 +47,7 @@ def make_routing(expert_index, gates, num_experts, mask=None, chances=None):
     """Takes masked examples out of the gates and measures the balance of what is left.
 
     Args:
-        expert_index: int32 tensor [T, K].
+        expert_index: Integer tensor [T, K].
         gates: float32 tensor [T, K].
         num_experts: N.
         mask: Boolean tensor [T] or `None`; examples with `False` get gates of 0.
@@ -66,7 +67,7 @@ def make_routing(expert_index, gates, num_experts, mask=None, chances=None):
             counted = ops.logical_and(counted, mask[:, None])
         load = ops.sum(ops.where(counted, chances, 0.0), axis=0)
     importance = losses.importance(gates, expert_index, num_experts)
-    return Routing(expert_index, gates, importance, load)
+    return Routing(ops.cast(expert_index, "int32"), gates, importance, load)
 
 
 def check_routing(routing, num_experts):
@@ -160,7 +161,7 @@ class NoisyGating(Gating):
             noise_logits: float32 tensor [T, N], x·W_noise, or `None` to leave out the noise.
 
         Returns:
-            The choices, int32 [T, K], in decreasing order of H(x), equal logits in increasing
+            The choices, `INDEX` [T, K], in decreasing order of H(x), equal logits in increasing
             order of index; their gates, float32 [T, K]; and each expert's chance to be chosen,
             float32 [T, N], `None` where there is no noise, or nothing to choose.
         """
@@ -173,14 +174,14 @@ class NoisyGating(Gating):
         # NaN has no order, and no backend promises what its sort makes of one.
         logits = ops.where(logits > LOWEST, logits, LOWEST)
         # One more than K: the load asks for the threshold below the last choice.
-        top_logits, top_index = ops.top_k(logits, min(k + 1, num_choices))
+        top_logits, top_index = top_k(logits, min(k + 1, num_choices))
         chosen = top_logits[:, :k]
         gates = softmax(chosen, competing=logits) if k == 1 else ops.softmax(chosen)
         gates = spoil(gates, chosen[:, :1] == LOWEST)
         chances = None
         if noise_logits is not None and k < num_choices:
             chances = losses.load(clean_logits, logits, stddev, top_logits)
-        return ops.cast(top_index[:, :k], "int32"), gates, chances
+        return top_index[:, :k], gates, chances
 
     def get_config(self):
         return {
@@ -220,7 +221,7 @@ class SoftmaxGating(Gating):
 
     def call(self, x, training=None, mask=None):
         x, mask = self.examples(x, mask)
-        logits = ops.matmul(x, self.gate_kernel)
+        logits = exact.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
         gates = softmax(logits, competing=logits)
         expert_index = ops.broadcast_to(
@@ -274,12 +275,12 @@ class NoisyTopKGating(NoisyGating):
     def call(self, x, training=None, mask=None):
         x, mask = self.examples(x, mask)
         noisy = training and self.noise
-        logits = ops.matmul(x, self.gate_kernel)
+        logits = exact.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
         expert_index, gates, chances = self.choose(
             self.k,
             logits,
-            ops.matmul(x, self.noise_kernel) if noisy else None,
+            exact.matmul(x, self.noise_kernel) if noisy else None,
         )
         return make_routing(expert_index, gates, self.num_experts, mask, chances)
 

@@ -3,8 +3,9 @@
 import keras
 from keras import ops
 
-from keras_moe import losses
+from keras_moe import exact, losses
 from keras_moe.arguments import check_k, check_weight
+from keras_moe.choices import INDEX, rank, sum_by_expert, top_k
 from keras_moe.gating.routing import Gating, make_routing, softmax, spoil
 from keras_moe.vectorization import largest_of_turns
 
@@ -29,7 +30,7 @@ class BalancedGating(Gating):
                 L_batchwise is added, unless its weight is 0.
 
         Returns:
-            The choices, int32 [T, K], in decreasing order of the gates, and the gates [T, K].
+            The choices, `INDEX` [T, K], in decreasing order of the gates, and the gates [T, K].
         """
         chosen = ops.logical_and(counted, scores > thresholds)
         if kept is not None:
@@ -41,11 +42,12 @@ class BalancedGating(Gating):
         kept_scores = scores * ops.cast(chosen, scores.dtype)
         total = ops.sum(kept_scores, axis=-1, keepdims=True)
         gates = kept_scores / ops.where(total == 0, 1.0, total)
-        most = ops.max(ops.sum(ops.cast(chosen, "int32"), axis=-1), initial=1)
-        most = largest_of_turns(most)
+        # Counted in floats, which a GPU adds up itself.
+        most = ops.max(ops.sum(ops.cast(chosen, scores.dtype), axis=-1), initial=1)
+        most = largest_of_turns(ops.cast(most, "int32"))
         ordered = ops.where(ops.isnan(gates), -1.0, gates)  # NaN has no order.
-        gates, index = ops.top_k(ordered, scores.shape[-1] if self.static_shapes else most)
-        return ops.cast(index, "int32"), spoil(gates, gates < 0)
+        gates, index = top_k(ordered, scores.shape[-1] if self.static_shapes else most)
+        return index, spoil(gates, gates < 0)
 
     def _add_batchwise_loss(self, above, chosen, scores, thresholds):
         sign = ops.cast(above, scores.dtype) - ops.cast(chosen, scores.dtype)
@@ -112,7 +114,7 @@ class StrictlyBalancedGating(BalancedGating):
 
     def call(self, x, training=None, mask=None):
         x, mask = self.examples(x, mask)
-        logits = ops.matmul(x, self.gate_kernel)
+        logits = exact.matmul(x, self.gate_kernel)
         self.add_router_z_loss(logits, mask)
         scores, counted = scored(logits, mask)
         kept = keep_best(scores, counted, self.k, mask) if training else None
@@ -134,10 +136,9 @@ def scored(logits, mask):
 
 def keep_best(scores, counted, k, mask):
     """M_batchwise (equation 18), bool [T, N]: which examples each expert keeps."""
-    order = ops.argsort(-_candidates(scores, counted), axis=0)
-    rank = ops.argsort(order, axis=0)
-    number = ops.shape(scores)[0] if mask is None else ops.sum(ops.cast(mask, "int32"))
-    return ops.logical_and(counted, rank < _share(number, k, scores.shape[-1]))
+    number = ops.shape(scores)[0] if mask is None else ops.sum(ops.cast(mask, INDEX))
+    share = _share(number, k, scores.shape[-1])
+    return ops.logical_and(counted, rank(_candidates(scores, counted)) < share)
 
 
 def keep_best_of_groups(scores, counted, k, group, received, num_groups):
@@ -147,21 +148,20 @@ def keep_best_of_groups(scores, counted, k, group, received, num_groups):
         scores: float32 tensor [R, B], of each example's own group.
         counted: Boolean tensor [R, 1].
         k: The experts per example of a group on average.
-        group: int32 [R].
+        group: Integer tensor [R].
         received: Boolean tensor [R], whether the example is one of the group's.
         num_groups: A.
 
     Returns:
         Boolean tensor [R, B].
     """
-    # Sorted by score and then, as the sort is stable, by group; who is in none comes last.
-    order = ops.argsort(-_candidates(scores, counted), axis=0)
-    home = ops.where(received, group, num_groups)
-    order = ops.take_along_axis(order, ops.argsort(ops.take(home, order, axis=0), axis=0), axis=0)
-    number = ops.segment_sum(ops.cast(received, "int32"), group, num_segments=num_groups)
-    rank = ops.argsort(order, axis=0) - ops.take(ops.cumsum(number) - number, group)[:, None]
+    # By score within their group; who is in none comes last.
+    home = ops.where(received, ops.cast(group, INDEX), num_groups)
+    ranks = rank(_candidates(scores, counted), home)
+    number = ops.cast(sum_by_expert(ops.cast(received, scores.dtype), group, num_groups), INDEX)
+    ranks -= ops.take(ops.cumsum(number) - number, group)[:, None]
     share = _share(number, k, scores.shape[-1])
-    return ops.logical_and(counted, rank < ops.take(share, group)[:, None])
+    return ops.logical_and(counted, ranks < ops.take(share, group)[:, None])
 
 
 def _candidates(scores, counted):

@@ -115,10 +115,9 @@ def _of_more(bank, examples, routing):
 
 def _of_one(bank, examples, routing):
     """The same of a single example, without any plan."""
-    gates, experts = routing.gates[0], routing.expert_index[0]
-    counts = gates > 0
-    rows = bank(examples[:1], experts=ops.where(counts, experts, 0))
-    rows = ops.where(counts[:, None], rows, ops.zeros((), rows.dtype))
+    experts, gates = dispatch.of_one_example(routing)
+    rows = bank(examples[:1], experts=experts)
+    rows = ops.where(gates[:, None] > 0, rows, ops.zeros((), rows.dtype))
     return dispatch.as_batch(ops.matmul(ops.cast(gates[None], rows.dtype), rows))
 
 

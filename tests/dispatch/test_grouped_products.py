@@ -1,5 +1,6 @@
 """Products of every expert's own rows, in each of the ways there are."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from helpers import (
 )
 from hypothesis import strategies as st
 
-from keras_moe import NoisyTopKGating, SparseMoE
+from keras_moe import NoisyTopKGating, SparseMoE, devices, places
 from keras_moe.dispatch import grouped_products as grouped
 from keras_moe.dispatch import onednn
 
@@ -29,7 +30,7 @@ from keras_moe.dispatch import onednn
 @hypothesis.given(
     rows_per_expert=st.lists(st.integers(0, 6), min_size=1, max_size=5),
     rest=st.integers(0, 3),
-    way=st.sampled_from(["CPU, even", "CPU, uneven", "GPU, even", "GPU, uneven", "XLA"]),
+    way=st.sampled_from(["CPU, even", "CPU, uneven", "GPU, even", "GPU, uneven", "static shapes"]),
     by_onednn=st.booleans(),
 )
 def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(
@@ -47,13 +48,16 @@ def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(
 
     counts = tf.constant(rows_per_expert)
     # Where there are no rows at all there are no places either.
-    even, cheap = tf.constant(", even" in way and len(expert) > 0), "GPU" not in way
+    even, static = tf.constant(", even" in way and len(expert) > 0), way == "static shapes"
     with (
-        mock.patch.multiple(grouped, is_even=lambda _: even, loops_are_cheap=lambda: cheap),
+        devices.choosing(int("GPU" in way)),
+        mock.patch.object(grouped, "is_even", lambda _: even),
+        # Copies that cost nothing make further blocks; a fortune, a single batch.
+        mock.patch.object(places, "_COPY", 0 if "uneven" in way else 10**6),
         mock.patch.object(onednn, "is_in_use", lambda: by_onednn),
     ):
         received, gradients = value_and_gradients(
-            lambda rows, kernel: grouped.product(rows, kernel, counts, static_shapes=way == "XLA"),
+            lambda rows, kernel: grouped.product(rows, kernel, counts, static_shapes=static),
             tf.constant(x, tf.float32),
             tf.constant(kernel, tf.float32),
         )
@@ -84,15 +88,18 @@ def test_a_product_of_one_row():
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_a_row_that_is_not_finite_spoils_its_own_expert_alone(even, monkeypatch):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_row_that_is_not_finite_spoils_its_own_expert_alone(gpu, even, monkeypatch):
     monkeypatch.setattr(grouped, "is_even", lambda _: tf.constant(even))
+    monkeypatch.setattr(places, "_COPY", 10**6 if even else 0)
     rows, kernel = np.ones((4, 2), "float32"), tf.ones((3, 2, 2))
     rows[2] = np.nan  # of expert 1, whose neighbours have more places than rows in a batch
-    y, (d_rows, d_kernel) = value_and_gradients(
-        lambda rows, kernel: grouped.product(rows, kernel, tf.constant([1, 2, 1])),
-        tf.constant(rows),
-        kernel,
-    )
+    with devices.choosing(int(gpu)):
+        y, (d_rows, d_kernel) = value_and_gradients(
+            lambda rows, kernel: grouped.product(rows, kernel, tf.constant([1, 2, 1])),
+            tf.constant(rows),
+            kernel,
+        )
     for ours in (y, d_rows):
         np.testing.assert_array_equal(np.isnan(ours).any(axis=1), [False, False, True, False])
     np.testing.assert_array_equal(np.isnan(d_kernel).any(axis=(1, 2)), [False, True, False])
@@ -112,14 +119,17 @@ def test_even_are_loads_whose_places_cost_less_than_copies(rows_per_expert, even
     assert bool(grouped.is_even(tf.constant(rows_per_expert))) == even
 
 
-def test_parameters_of_rows_and_their_gradient():
+@pytest.mark.parametrize("gpu", [False, True])
+def test_parameters_of_rows_and_their_gradient(gpu):
     bank, counts = tf.constant([[1.0], [2.0], [3.0]]), tf.constant([2, 0, 1])
-    with tf.GradientTape() as tape:
+    with devices.choosing(int(gpu)), tf.GradientTape() as tape:
         tape.watch(bank)
-        y = grouped.of_rows(bank, counts, 5)
+        layout = grouped.lay_out(counts, 5)
+        y = grouped.restore(grouped.of_rows(bank, layout), layout)
     np.testing.assert_array_equal(y, [[1], [1], [3], [0], [0]])  # Two rows of no expert.
     upstream = tf.constant([[1.0], [10.0], [100.0], [np.nan], [1000.0]])
-    gradient = tape.gradient(y, bank, output_gradients=upstream)
+    with devices.choosing(int(gpu)):
+        gradient = tape.gradient(y, bank, output_gradients=upstream)
     np.testing.assert_array_equal(gradient, [[11], [0], [100]])
 
 
@@ -129,12 +139,13 @@ def test_parameters_of_rows_and_their_gradient():
 @pytest.mark.parametrize("mask", [None, np.arange(24) % 4 > 0])
 def test_a_layer_agrees_with_the_oracle_every_way(mask, training, gpu, even, monkeypatch):
     monkeypatch.setattr(grouped, "is_even", lambda _: tf.constant(even))
-    monkeypatch.setattr(grouped, "loops_are_cheap", lambda: not gpu)
+    monkeypatch.setattr(places, "_COPY", 10**6 if even else 0)
     layer = SparseMoE(5, [4, 3], k=2, activation="swiglu", use_bias=True, seed=5)
-    assert_agrees(with_random_weights(layer), examples(), training=training, mask=mask)
-    # Its secondary gating multiplies the same way.
-    layer = random_hierarchical(3, 4, 5, k=(2, 2), seed=5)
-    assert_agrees(layer, examples(), training=training, mask=mask)
+    with devices.choosing(int(gpu)):
+        assert_agrees(with_random_weights(layer), examples(), training=training, mask=mask)
+        # Its secondary gating multiplies the same way.
+        layer = random_hierarchical(3, 4, 5, k=(2, 2), seed=5)
+        assert_agrees(layer, examples(), training=training, mask=mask)
 
 
 @pytest.mark.parametrize("policy", ["float64", "bfloat16", "mixed_float16"])
@@ -169,9 +180,11 @@ def test_the_weights_of_other_experts_are_left_alone():
     np.testing.assert_array_equal(layer(x), sound)
 
 
+@pytest.mark.parametrize("way", ["CPU", "GPU", "GPU, further blocks", "either"])
 @pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_have_gradients(training, in_graph):
+def test_gradients_have_gradients(training, in_graph, way, monkeypatch):
+    monkeypatch.setattr(places, "_COPY", 0 if "further" in way else 10**6)
     gating = NoisyTopKGating(5, k=2, noise=False)
     layer = SparseMoE(5, 4, gating=gating, activation="tanh", dtype="float64")
     with_random_weights(layer)
@@ -193,5 +206,6 @@ def test_gradients_have_gradients(training, in_graph):
     # The central difference errs by the square of its step, times a third derivative.
     step = 1e-4
     expected = (penalty(x + step * direction) - penalty(x - step * direction)) / (2 * step)
-    received = (tf.function(slope) if in_graph else slope)(x)
+    with contextlib.nullcontext() if way == "either" else devices.choosing(int("GPU" in way)):
+        received = (tf.function(slope) if in_graph else slope)(x)
     np.testing.assert_allclose(received, expected, rtol=1e-4)

@@ -1,0 +1,80 @@
+"""The choice between two ways of computing the same, by the device that runs it.
+
+On a CPU a loop that starts many small operations is cheap, and every operation that is saved is
+time. On a GPU it takes longer to start a small operation than to compute it, and whatever the host
+has to compute, or to know, stops the card. So both ways are in one graph, and the device chooses
+between them when it runs: a graph that was made on a machine without a GPU, as an export may be, is
+as good on one as if it had been made there.
+"""
+
+import contextlib
+import contextvars
+
+import tensorflow as tf
+
+from keras_moe.distribute import internals
+from keras_moe.vectorization import run_turn_by_turn
+
+_NAMES = ["GPU"]
+_chosen = contextvars.ContextVar("chosen", default=None)
+
+
+def by_device(cpu, gpu):
+    """Calls one of two functions, which compute the same.
+
+    Both are traced into a graph, and called once each; in eager mode, and inside of either, nothing
+    is left to choose. XLA, which compiles for one device and fuses by itself, gets `cpu`. Gradients
+    pass, but a custom gradient around the call is better: TensorFlow hands every value between the
+    two passes out of both branches.
+
+    Args:
+        cpu: Function without arguments, from tensors to tensors by what it closes over: the way
+            for CPUs, and for whatever is no GPU.
+        gpu: The same for GPUs. Its results have the structure and dtypes of those of `cpu`.
+
+    Returns:
+        The results.
+    """
+    if _chosen.get() is not None:
+        return (cpu, gpu)[_chosen.get()]()
+    if internals.compiling():
+        return _inside(0, cpu)()
+    # The operation knows the device that it runs on: 0, the first name, or 1, the number of names.
+    index = tf.raw_ops.DeviceIndex(device_names=_NAMES)
+    ways = [_inside(1, gpu), _inside(0, cpu)]
+    if tf.executing_eagerly():
+        return ways[int(index)]()
+    return run_turn_by_turn(tf.switch_case(index, ways))
+
+
+def _inside(choice, function):
+    def call():
+        with choosing(choice):
+            return function()
+
+    return call
+
+
+def captured(tensors):
+    """The same tensors as values of the branch that is being traced.
+
+    A custom gradient inside of a branch must close over nothing but these: where gradients have
+    gradients, TensorFlow finds nothing else (seen with 2.21).
+    """
+    return tf.nest.map_structure(lambda x: tf.identity(x) if tf.is_tensor(x) else x, tensors)
+
+
+@tf.custom_gradient
+def densified(x):
+    """`x`, with a dense gradient: in all branches gradients must be of the same kind."""
+    return tf.identity(x), tf.convert_to_tensor
+
+
+@contextlib.contextmanager
+def choosing(choice):
+    """Inside, `by_device` calls `cpu` for 0 and `gpu` for 1, whatever the device; for tests."""
+    token = _chosen.set(choice)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)

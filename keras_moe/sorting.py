@@ -1,0 +1,82 @@
+"""Sorting by expert, and indices, in int64.
+
+TensorFlow computes int32 arithmetic on the host, also where there is a GPU, and copies what it
+needs there and back; int64 stays on the GPU (checked with TensorFlow 2.21).
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from keras_moe.devices import by_device
+
+_SEGMENT = 2048  # entries that a single block of threads of a GPU sorts
+
+
+def index_range(number):
+    """0, 1, … as int64 [number]."""
+
+    def on_gpu():  # `tf.range` would have its arguments copied to the host, constants, too.
+        known = tf.get_static_value(number)
+        if known is not None:
+            return tf.constant(np.arange(known, dtype="int64"))
+        return tf.cumsum(tf.ones([number], tf.int64), exclusive=True)
+
+    return by_device(lambda: tf.range(tf.cast(number, tf.int64)), on_gpu)
+
+
+def sort(expert, num_experts):
+    """Sorts entries by expert, equal ones in the order in which they are.
+
+    Args:
+        expert: int64 [M], from 0 to N - 1.
+        num_experts: N.
+
+    Returns:
+        Which entry comes at each row, int64 [M]; the row of each entry, int64 [M]; the entries of
+        each expert, int64 [N].
+    """
+    return by_device(
+        lambda: _at_once(expert, num_experts), lambda: _by_segments(expert, num_experts)
+    )
+
+
+def _at_once(expert, num_experts):
+    order = tf.argsort(tf.cast(expert, tf.int32), stable=True)
+    # A `bincount` that XLA compiles, and an `invert_permutation` that it compiles whatever the
+    # gating has done.
+    counts = tf.math.unsorted_segment_sum(tf.ones_like(expert), expert, num_experts)
+    order, number = tf.cast(order, tf.int64), tf.shape(expert, out_type=tf.int64)
+    return order, tf.scatter_nd(order[:, None], tf.range(number[0]), number), counts
+
+
+def _by_segments(expert, num_experts):
+    """The same in segments of equal length, since one block of threads sorts a row of `top_k`.
+
+    Each segment is sorted; the entries of an expert in one follow those in earlier segments.
+    """
+    number = tf.shape(expert)[0] if expert.shape[0] is None else expert.shape[0]
+    smaller, larger = (min, max) if isinstance(number, int) else (tf.minimum, tf.maximum)
+    length = larger(smaller(number, _SEGMENT), 1)
+    num_segments = -(-number // length)
+    behind = tf.fill([num_segments * length - number], tf.constant(num_experts, tf.int64))
+    segments = tf.reshape(tf.concat([expert, behind], axis=0), [num_segments, length])
+    # Negative keys, as `top_k` begins with the largest; among equal ones it keeps the order.
+    keys, order = tf.math.top_k(tf.cast(-segments, tf.int32), length)
+    keys, order = -tf.cast(keys, tf.int64), tf.cast(order, tf.int64)
+
+    kinds = tf.tile(index_range(num_experts + 1)[None], [num_segments, 1])
+    ends = tf.searchsorted(keys, kinds, side="right", out_type=tf.int64)
+    counts = ends - tf.concat([tf.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
+    total = tf.reduce_sum(counts, axis=0)
+    begin = tf.cumsum(total, exclusive=True) + tf.cumsum(counts, axis=0, exclusive=True)
+    begin -= ends - counts  # where an expert's entries begin in the sorted segment
+    row = tf.reshape(tf.gather(begin, keys, batch_dims=1) + index_range(length), [-1])
+
+    entry = tf.reshape(index_range(num_segments * length), [num_segments, length])
+    entry = tf.reshape(tf.gather(entry, order, batch_dims=1), [-1])
+    empty = tf.zeros_like(row)
+    return (
+        tf.tensor_scatter_nd_update(empty, row[:, None], entry)[:number],
+        tf.tensor_scatter_nd_update(empty, entry[:, None], row)[:number],
+        total[:-1],
+    )
