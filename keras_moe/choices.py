@@ -4,6 +4,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_moe.sorting import index_range
+from keras_moe.vectorization import turn_by_turn
 
 INDEX = "int64"  # of numbers of examples and experts that are computed with: see `sorting.py`
 
@@ -34,7 +35,7 @@ def top_k(x, k):
                 tf.reshape(place, [-1, 1]),
                 tf.reshape(upstream, [-1]),
             )
-            return tf.reshape(y, tf.shape(x))
+            return tf.reshape(turn_by_turn(y), tf.shape(x))
 
         return (values, index), gradient
 
@@ -61,7 +62,7 @@ def rank(scores, group=None):
     place = tf.gather(tf.reshape(index_range(tf.size(columns)), size), order, batch_dims=1)
     ranks = tf.tile(index_range(size[1]), size[:1])
     ranks = tf.tensor_scatter_nd_update(tf.zeros_like(ranks), tf.reshape(place, [-1, 1]), ranks)
-    return tf.transpose(tf.reshape(ranks, size))
+    return tf.transpose(tf.reshape(turn_by_turn(ranks), size))
 
 
 def leaves(group, member, experts_per_group):

@@ -110,11 +110,13 @@ def _choose_size(counts):
 
 def arrange(rows, places):
     """Copies rows [M, D] to their places: [G·S, D], zeros in empty ones."""
+    places = _of_any_size(places)
     return _moved(rows, *captured([tf.reshape(places.row, [-1]), places.place]))
 
 
 def restore(rows, places):
     """Brings rows [G·S, D] back from their places: [M, D], zeros for those of no expert."""
+    places = _of_any_size(places)
     return _moved(rows, *captured([places.place, tf.reshape(places.row, [-1])]))
 
 
@@ -140,6 +142,7 @@ def multiply(rows, kernel, places, transposed=False, matmul=tf.matmul):
     Returns:
         Float tensor [G·S, F].
     """
+    places = _of_any_size(places)
     num_experts = kernel.shape[0]
     blocks = _blocks(rows, places)
     product = functools.partial(tf.matmul, transpose_b=True) if transposed else matmul
@@ -158,6 +161,7 @@ def multiply(rows, kernel, places, transposed=False, matmul=tf.matmul):
 
 def gradient_of_kernel(rows, upstream, places, num_experts):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
+    places = _of_any_size(places)
     blocks = [_blocks(x, places) for x in (rows, upstream)]
 
     def further():
@@ -173,6 +177,7 @@ def gradient_of_kernel(rows, upstream, places, num_experts):
 
 def spread(table, places):
     """The rows of a table [N, F] in each place: [G·S, F]."""
+    places = _of_any_size(places)
     each = tf.concat([table, dispatch.spread(table, places.owner)], axis=0)
     shape = tf.concat([tf.shape(places.row), [table.shape[-1]]], axis=0)
     return tf.reshape(tf.broadcast_to(each[:, None], shape), [-1, table.shape[-1]])
@@ -180,9 +185,23 @@ def spread(table, places):
 
 def gather_up(upstream, places, num_experts):
     """The gradient of `spread`, [N, F]: the sum over all places of each expert."""
+    places = _of_any_size(places)
     sums = tf.reduce_sum(_blocks(upstream, places), axis=1)
     others = tf.math.unsorted_segment_sum(sums[num_experts:], places.owner, num_experts)
     return sums[:num_experts] + others
+
+
+def _of_any_size(places):
+    """The same `Places`, in a graph without known shapes.
+
+    They may have been made before, outside the graph: there a CPU has left them empty, which says
+    nothing of what the graph is made for.
+    """
+    if tf.executing_eagerly():
+        return places
+    return Places(
+        *(tf.raw_ops.PlaceholderWithDefault(input=x, shape=[None] * len(x.shape)) for x in places)
+    )
 
 
 def _blocks(rows, places):

@@ -13,19 +13,18 @@ import tensorflow as tf
 from tensorflow.python.ops.parallel_for import pfor
 
 
-def run_turn_by_turn(results):
+def turn_by_turn(result):
     """Has a vectorised loop run one operation turn by turn.
 
     Args:
-        results: What `tf.switch_case` has returned in a graph: a structure of tensors.
+        result: A tensor, the result of the operation.
 
     Returns:
         The same.
     """
-    for result in tf.nest.flatten(results)[:1]:
-        (choice,) = {x.op for x in result.op.inputs}  # TensorFlow hands on a copy of each result.
-        choice.pfor_converter = _run_turn_by_turn
-    return results
+    if not tf.executing_eagerly():  # Only graphs are vectorised.
+        result.op.pfor_converter = _run_turn_by_turn
+    return result
 
 
 def largest_of_turns(size):

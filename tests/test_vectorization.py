@@ -105,7 +105,7 @@ def test_tensorflow_asks_the_operation_first():
     asked = []
 
     def double(row):
-        y = vectorization.turn_by_turn(lambda row: 2 * row, row)
+        y = vectorization.turn_by_turn(2 * row)
         convert = y.op.pfor_converter
 
         def listen(operation):
