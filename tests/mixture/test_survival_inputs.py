@@ -9,6 +9,7 @@ from helpers import (
     WIDTH,
     call_and_gradients,
     every_layer,
+    metrics,
     with_random_weights,
 )
 from keras.ops import convert_to_numpy as numpy
@@ -238,9 +239,9 @@ def test_training_may_be_none(make):
     evaluated = numpy(layer(x, training=False))
     for training in ({}, {"training": None}, {"training": 0}):
         np.testing.assert_array_equal(layer(x, **training), evaluated)
-    balance = {metric.name: float(metric.result()) for metric in layer.metrics}
+    balance = metrics(layer)
     layer(x + 1.0)  # A bare call is no part of the logs.
-    assert {metric.name: float(metric.result()) for metric in layer.metrics} == balance
+    assert metrics(layer) == balance
 
 
 @pytest.mark.parametrize("policy", ["float64", "float16", "bfloat16"])
