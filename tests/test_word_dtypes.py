@@ -254,7 +254,7 @@ def test_beam_search_takes_ids_in_any_type(ids):
 def test_generation_takes_ids_in_any_type(ids):
     model = LanguageModel(400, 4, seed=0)
     prompts = [np.array([100, 120], ids), np.array([], ids)]
-    options = {"excluded": [0, 1], "max_words": 4, "seed": 1}
+    options = {"excluded": np.array([0, 1], ids), "max_words": 4, "seed": 1}
     # Of an `eos_id` in uint8 the other ids must not be cut to 8 bits.
     received = generate(model, prompts, np.array(2, ids)[()], **options)
     assert received == generate(model, [[100, 120], []], 2, **options)
