@@ -60,7 +60,7 @@ def generate(
 def _draw(logits, excluded, temperature, top_k, random):
     """Draws one of V from each row of logits [B, V]."""
     logits = logits.astype("float64") / temperature
-    logits[:, list(excluded)] = -np.inf
+    logits[:, np.array(list(excluded), int)] = -np.inf
     if top_k is not None:
         others = np.argsort(-logits, axis=1, kind="stable")[:, top_k:]
         np.put_along_axis(logits, others, -np.inf, axis=1)

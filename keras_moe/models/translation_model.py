@@ -243,7 +243,7 @@ class TranslationModel(WordModel):
         memory = self.attention_lstm.attention.remember(self.encode(source), mask)
         if max_length is None:
             max_length = 2 * tf.reduce_sum(tf.cast(mask, tf.int32), axis=1) + 10
-        never = tf.one_hot([PADDING_ID, *excluded], self.vocabulary_size, True, False)
+        never = tf.one_hot(as_ids([PADDING_ID, *excluded]), self.vocabulary_size, True, False)
         never = tf.reduce_any(never, axis=0)
 
         def step(ids, states):
