@@ -56,13 +56,18 @@ def by_parts(x, kernel):
     if x.dtype != tf.float32:
         return tf.matmul(x, kernel)
     (x_high, x_low), (high, low) = _parts(x), _parts(kernel)
-    return tf.matmul(x_high, low) + tf.matmul(x_low, high) + tf.matmul(x_high, high)
+    # Only the product of the higher parts has what is not finite: infinity times 0 would be NaN.
+    small = tf.matmul(_finite(x_high), low) + tf.matmul(x_low, _finite(high))
+    return small + tf.matmul(x_high, high)
 
 
 def _parts(x):
     high = _high(x)
-    # Infinity less infinity would be NaN.
-    return high, tf.where(tf.math.is_finite(high), x - high, 0.0)
+    return high, _finite(x - high)
+
+
+def _finite(x):
+    return tf.where(tf.math.is_finite(x), x, 0.0)
 
 
 @tf.custom_gradient

@@ -61,9 +61,9 @@ class Placement(NamedTuple):
     to_gpu: Any
 
 
-def placement(function, *arguments):
-    """The `Placement` of what a function of tensors runs on a GPU."""
-    with devices.choosing(1):
+def placement(function, *arguments, way=1):
+    """The `Placement` of what a function of tensors runs on a GPU; `way` 0 is that of CPUs."""
+    with devices.choosing(way):
         specs = [tf.TensorSpec(x.shape, x.dtype) for x in arguments]
         traced = tf.function(function, autograph=False).get_concrete_function(*specs)
     return _place(_optimized(traced, arguments))

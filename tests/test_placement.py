@@ -1,13 +1,11 @@
 """What a GPU would run of the layers, and what it would have to ask the host for."""
 
-import contextlib
-
 import pytest
 import tensorflow as tf
 from helpers import EVERY_LAYER, WIDTH, examples
 from placement import placement
 
-from keras_moe import HierarchicalMoE, SparseMoE, devices
+from keras_moe import HierarchicalMoE, SparseMoE
 from keras_moe.gating.strictly_balanced import BalancedGating
 
 LAYERS = {
@@ -75,10 +73,10 @@ def test_one_example_asks_nothing_of_the_host(name):
     assert not (found.missing or found.on_host or found.from_gpu or found.to_gpu)
 
 
-def test_a_loop_over_experts_would_be_found(monkeypatch):
+def test_the_way_of_cpus_would_be_found():
     layer = made("noisy_top_k")
-    monkeypatch.setattr(devices, "choosing", lambda _: contextlib.nullcontext())
-    found = placement(forward(layer), tf.constant(examples(64)))
+    found = placement(forward(layer), tf.constant(examples(64)), way=0)
     assert len(found.from_gpu) > FROM_GPU and len(found.to_gpu) > TO_GPU
-    found = placement(forward(layer), tf.constant(examples(1)))
+    assert "LoopCond" in (found.on_host | found.on_gpu).values()
+    found = placement(forward(layer), tf.constant(examples(1)), way=0)
     assert "SparseMatMul" in found.missing.values()

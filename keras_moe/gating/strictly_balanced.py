@@ -136,8 +136,10 @@ def scored(logits, mask):
 
 def keep_best(scores, counted, k, mask):
     """M_batchwise (equation 18), bool [T, N]: which examples each expert keeps."""
-    number = ops.shape(scores)[0] if mask is None else ops.sum(ops.cast(mask, INDEX))
-    number = ops.cast(number, INDEX)
+    if mask is None:
+        number = ops.cast(ops.shape(scores)[0], INDEX)
+    else:
+        number = ops.sum(ops.cast(mask, INDEX))
     share = _share(number, k, scores.shape[-1])
     return ops.logical_and(counted, rank(_candidates(scores, counted)) < share)
 
