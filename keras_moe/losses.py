@@ -5,7 +5,7 @@ Pure functions of `keras.ops`. N experts, T examples, K experts chosen per examp
 
 from keras import config, ops
 
-from keras_moe.choices import sum_by_expert
+from keras_moe.dispatch.choices import sum_by_expert
 
 # Keeps CV² defined when nothing was routed. The original implementation uses the same value.
 _EPSILON = 1e-10

@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_moe import exact, places
-from keras_moe.devices import by_device, densified
-from keras_moe.dispatch import onednn
+from keras_moe.dispatch import exact, onednn, places
 from keras_moe.dispatch.blocks import block_by_block
-from keras_moe.vectorization import matmul_each, refuse_vectorising
+from keras_moe.dispatch.devices import by_device, densified
+from keras_moe.dispatch.vectorization import matmul_each, refuse_vectorising
 
 # By these the batch is weighed against the loop, measured with 2 cores, in the time that one row of
 # an expert takes.

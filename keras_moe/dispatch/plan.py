@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_moe.devices import by_device, densified
-from keras_moe.sorting import sort
+from keras_moe.dispatch.devices import by_device, densified
+from keras_moe.dispatch.sorting import sort
 
 
 class Plan(NamedTuple):

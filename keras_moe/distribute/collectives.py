@@ -6,6 +6,7 @@ one alone, there is nobody to talk to, and each returns what it is given.
 
 import tensorflow as tf
 
+from keras_moe.dispatch import xla
 from keras_moe.distribute import internals
 
 
@@ -92,7 +93,7 @@ def total_size(size):
 
     Where XLA compiles, all replicas have shapes alike.
     """
-    return size * num_replicas() if internals.compiling() else all_sum(tf.convert_to_tensor(size))
+    return size * num_replicas() if xla.compiling() else all_sum(tf.convert_to_tensor(size))
 
 
 def all_max(x):

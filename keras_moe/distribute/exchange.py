@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_moe import dispatch
+from keras_moe.dispatch import xla
 from keras_moe.distribute import collectives, internals
 
 _ROUNDS = 4  # under XLA, if every two replicas have as many rows for each other as they may
@@ -56,7 +57,7 @@ def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
     received = _Runs(tf.reduce_sum(theirs, axis=1), tf.reduce_sum(theirs))
     largest = collectives.all_max(tf.reduce_max(sent.sizes))
     size, rounds = tf.maximum(largest, 1), None
-    if internals.compiling():
+    if xla.compiling():
         received = received._replace(number=num_replicas * num_rows if most is None else most)
         size = tf.maximum(-(-received.number // (_ROUNDS * num_replicas)), 1)
         rounds = -(-largest // size)

@@ -31,7 +31,6 @@ from tensorflow.python.distribute.tpu_util import enclosing_tpu_context
 from tensorflow.python.distribute.values import DistributedVariable
 from tensorflow.python.distribute.values_util import get_current_replica_id_as_int
 from tensorflow.python.ops import collective_ops
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.ops.resource_variable_ops import (
     BaseResourceVariable,
     ResourceVariable,
@@ -140,12 +139,6 @@ def handle_on_tpu(variable):
 def make_component(**kwargs):
     """Makes a variable on the current device that no strategy makes into another."""
     return ResourceVariable(**kwargs)
-
-
-def compiling():
-    """Whether XLA is going to compile what is being traced."""
-    graph = tf.compat.v1.get_default_graph()
-    return not tf.executing_eagerly() and GraphOrParentsInXlaContext(graph)
 
 
 def tracing_saved_model():

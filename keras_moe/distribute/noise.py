@@ -3,8 +3,8 @@
 import keras
 import tensorflow as tf
 
+from keras_moe.contract.outer_recomputation import Draws
 from keras_moe.distribute import collectives
-from keras_moe.outer_recomputation import Draws
 
 
 class ReplicaSeedGenerator(keras.random.SeedGenerator):

@@ -16,17 +16,17 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_size
-from keras_moe.devices import by_device, captured
+from keras_moe.contract.inputs import as_input, as_numbers
 from keras_moe.dispatch import grouped_products as grouped
 from keras_moe.dispatch.blocks import block_by_block
+from keras_moe.dispatch.devices import by_device, captured
 from keras_moe.dispatch.recomputation import recomputed, recomputing
+from keras_moe.dispatch.vectorization import matmul_each
 from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
 from keras_moe.experts.initializers import PerExpert
 from keras_moe.experts.int8 import Int8Kernels
-from keras_moe.inputs import as_input, as_numbers
-from keras_moe.regularizers import of_each_expert
+from keras_moe.experts.regularizers import of_each_expert
 from keras_moe.saving import CheckedVariables
-from keras_moe.vectorization import matmul_each
 
 # Gated linear units (Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202).
 GATED_ACTIVATIONS = {

@@ -6,13 +6,13 @@ import copy
 import keras
 from keras import ops
 
-from keras_moe import in_memory
 from keras_moe.arguments import check_size
+from keras_moe.contract.freezing import FreezableParts, call_once, copy_trainable
+from keras_moe.contract.inputs import as_input, as_numbers
+from keras_moe.contract.own_losses import layers_by_name
 from keras_moe.dispatch import grouped_products as grouped
+from keras_moe.experts import in_memory
 from keras_moe.experts.initializers import derived_seeds
-from keras_moe.freezing import FreezableParts, call_once, copy_trainable
-from keras_moe.inputs import as_input, as_numbers
-from keras_moe.own_losses import layers_by_name
 from keras_moe.saving import CheckedExperts
 
 

@@ -8,10 +8,11 @@ other: expert j of group i is the leaf i·B + j of A·B.
 import keras
 from keras import ops
 
-from keras_moe import dispatch, exact, losses
+from keras_moe import dispatch, losses
 from keras_moe.arguments import check_pair, check_size
-from keras_moe.choices import leaves, sum_by_expert
+from keras_moe.dispatch import exact
 from keras_moe.dispatch import grouped_products as grouped
+from keras_moe.dispatch.choices import leaves, sum_by_expert
 from keras_moe.distribute import collectives
 from keras_moe.distribute.exchange import on_their_replicas
 from keras_moe.distribute.sharded_variable import sharded_rows

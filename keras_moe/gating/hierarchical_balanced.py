@@ -3,10 +3,11 @@
 import keras
 from keras import ops
 
-from keras_moe import dispatch, exact
+from keras_moe import dispatch
 from keras_moe.arguments import check_pair, check_size
-from keras_moe.choices import leaves
+from keras_moe.dispatch import exact
 from keras_moe.dispatch import grouped_products as grouped
+from keras_moe.dispatch.choices import leaves
 from keras_moe.gating.routing import make_routing
 from keras_moe.gating.strictly_balanced import (
     BalancedGating,

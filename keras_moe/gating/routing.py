@@ -11,12 +11,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import exact, losses
+from keras_moe import losses
 from keras_moe.arguments import check_k, check_positive, check_size, check_weight
-from keras_moe.choices import top_k
+from keras_moe.contract.inputs import as_input, as_mask
+from keras_moe.contract.own_losses import OwnLosses
+from keras_moe.dispatch import exact
+from keras_moe.dispatch.choices import top_k
 from keras_moe.distribute.noise import ReplicaSeedGenerator
-from keras_moe.inputs import as_input, as_mask
-from keras_moe.own_losses import OwnLosses
 from keras_moe.saving import CheckedVariables
 
 # Stands for NaN among the logits: finite, since `tf.debugging.enable_check_numerics` stops at the

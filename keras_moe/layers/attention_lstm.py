@@ -5,8 +5,8 @@ import tensorflow as tf
 from keras import ops
 
 from keras_moe.arguments import check_size
-from keras_moe.freezing import FreezableParts
-from keras_moe.inputs import as_input, as_mask
+from keras_moe.contract.freezing import FreezableParts
+from keras_moe.contract.inputs import as_input, as_mask
 from keras_moe.layers.product_attention import AdditiveAttention, ProductAttention
 from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 

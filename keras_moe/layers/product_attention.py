@@ -7,8 +7,8 @@ import tensorflow as tf
 from keras import ops
 
 from keras_moe.arguments import check_size
-from keras_moe.freezing import FreezableParts
-from keras_moe.inputs import as_input, as_mask
+from keras_moe.contract.freezing import FreezableParts
+from keras_moe.contract.inputs import as_input, as_mask
 
 
 class Memory(NamedTuple):

@@ -4,8 +4,8 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_size
-from keras_moe.freezing import FreezableParts
-from keras_moe.inputs import as_input, as_mask
+from keras_moe.contract.freezing import FreezableParts
+from keras_moe.contract.inputs import as_input, as_mask
 from keras_moe.layers.orthogonal import Orthogonal
 
 

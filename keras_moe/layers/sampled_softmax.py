@@ -5,7 +5,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_moe.arguments import check_size
-from keras_moe.inputs import as_input
+from keras_moe.contract.inputs import as_input
 
 
 @keras.saving.register_keras_serializable("keras_moe")

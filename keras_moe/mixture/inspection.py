@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_moe.contract.own_losses import layers_by_name
 from keras_moe.mixture.sparse_moe import SparseMoE
-from keras_moe.own_losses import layers_by_name
 
 
 def mixtures(model):

@@ -4,10 +4,10 @@ import inspect
 
 import keras
 
-from keras_moe import in_memory
+from keras_moe.contract.freezing import TRAINABLE_PARTS
+from keras_moe.experts import in_memory
 from keras_moe.experts.feed_forward import FeedForwardExperts, is_bank
 from keras_moe.experts.layer_experts import LayerExperts
-from keras_moe.freezing import TRAINABLE_PARTS
 from keras_moe.gating.routing import NoisyTopKGating, SoftmaxGating
 from keras_moe.gating.strictly_balanced import BalancedGating, StrictlyBalancedGating
 

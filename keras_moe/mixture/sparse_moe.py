@@ -8,15 +8,17 @@ import threading
 import keras
 from keras import ops
 
-from keras_moe import dispatch, losses, outer_recomputation
+from keras_moe import dispatch, losses
 from keras_moe.arguments import check_capacity_factor, check_size, check_weight
-from keras_moe.balance_metric import CountsBalance
+from keras_moe.contract import outer_recomputation
+from keras_moe.contract.freezing import FreezableParts, call_once
+from keras_moe.contract.inputs import as_input, as_mask, check_positions, refuse_ragged
+from keras_moe.contract.own_losses import OwnLosses, added_losses
 from keras_moe.dispatch.recomputation import recomputing
 from keras_moe.distribute import collectives
 from keras_moe.experts.feed_forward import FeedForwardExperts
-from keras_moe.freezing import FreezableParts, call_once
 from keras_moe.gating.routing import check_routing
-from keras_moe.inputs import as_input, as_mask, check_positions, refuse_ragged
+from keras_moe.mixture.balance_metric import CountsBalance
 from keras_moe.mixture.mix import mix
 from keras_moe.mixture.parts import (
     check_number,
@@ -25,7 +27,6 @@ from keras_moe.mixture.parts import (
     make_gating,
     make_shared_experts,
 )
-from keras_moe.own_losses import OwnLosses, added_losses
 
 
 @keras.saving.register_keras_serializable("keras_moe")

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_moe.freezing import FreezableParts
+from keras_moe.contract.freezing import FreezableParts
 from keras_moe.layers import SampledSoftmax
 from keras_moe.losses import in_floatx
 from keras_moe.models.log_probabilities import for_log_probabilities

@@ -11,9 +11,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import in_memory
 from keras_moe.arguments import check_size, check_weight
-from keras_moe.freezing import TRAINABLE_PARTS, copy_trainable
+from keras_moe.contract.freezing import TRAINABLE_PARTS, copy_trainable
+from keras_moe.experts import in_memory
 from keras_moe.mixture import inspection as observation
 from keras_moe.mixture.hierarchical_moe import HierarchicalMoE
 from keras_moe.mixture.sparse_moe import SparseMoE

@@ -21,9 +21,9 @@ from helpers import (
 )
 from hypothesis import strategies as st
 
-from keras_moe import NoisyTopKGating, SparseMoE, devices, places
+from keras_moe import NoisyTopKGating, SparseMoE
+from keras_moe.dispatch import devices, onednn, places
 from keras_moe.dispatch import grouped_products as grouped
-from keras_moe.dispatch import onednn
 
 
 @hypothesis.settings(max_examples=60, deadline=None)

@@ -8,7 +8,8 @@ from helpers import EVERY_LAYER, WIDTH, examples, with_random_weights
 from keras.ops import convert_to_numpy as numpy
 
 import keras_moe
-from keras_moe import FeedForwardExperts, devices
+from keras_moe import FeedForwardExperts
+from keras_moe.dispatch import devices
 
 
 def quantized(make, **options):

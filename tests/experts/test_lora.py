@@ -9,7 +9,7 @@ from helpers import WIDTH, examples, numpy
 
 import keras_moe
 from keras_moe import LayerExperts, SparseMoE
-from keras_moe.own_losses import layers_by_name
+from keras_moe.contract.own_losses import layers_by_name
 
 
 def dense():

@@ -4,25 +4,14 @@ On GPUs TensorFlow multiplies float32 by TF32, of which a number has 11 signific
 enough for what is learned, and not for what is compared: an example would go to other experts than
 on a CPU. So each factor is split into two numbers of 11 and 12 bits and three products are added
 up; what is left out is as small as the rounding of float32. XLA, which on TPUs would even take
-bfloat16, is told to be exact: no public function says so, only the operation behind one that is not
-(checked with TensorFlow 2.21).
+bfloat16, is told to be exact.
 """
 
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_dot_v2
 
-from keras_moe.devices import by_device, captured
-from keras_moe.distribute import internals
-from keras_moe.vectorization import matmul_each
-
-# `DotDimensionNumbers` of XLA, serialized, by the rank of the factors: of the left the last axis is
-# summed, of the right the one before it; a first axis of three goes along.
-_DIMENSIONS = {
-    2: b"\x0a\x01\x01\x12\x01\x00",
-    3: b"\x0a\x01\x02\x12\x01\x01\x1a\x01\x00\x22\x01\x00",
-}
-# `PrecisionConfig`: both factors in the highest.
-_HIGHEST = b"\x0a\x02\x02\x02"
+from keras_moe.dispatch import xla
+from keras_moe.dispatch.devices import by_device, captured
+from keras_moe.dispatch.vectorization import matmul_each
 
 
 def matmul(x, kernel):
@@ -44,8 +33,8 @@ def matmul(x, kernel):
             of_x = matmul_each(upstream, kernel, transpose_b=True)
             return of_x, matmul_each(x, upstream, transpose_a=True)
 
-        if internals.compiling():
-            return _by_xla(x, kernel), gradient
+        if xla.compiling():
+            return xla.exact_dot(x, kernel), gradient
         return by_device(lambda: matmul_each(x, kernel), lambda: by_parts(x, kernel)), gradient
 
     return call(tf.convert_to_tensor(x), tf.convert_to_tensor(kernel))
@@ -77,13 +66,3 @@ def _high(x):
     half, mask = (tf.constant(bits, tf.uint32) for bits in (0x1000, 0xFFFFE000))
     rounded = tf.bitcast(tf.bitwise.bitwise_and(bits + half, mask), tf.float32)
     return tf.where(tf.math.is_nan(x), x, rounded), lambda upstream: upstream
-
-
-def _by_xla(x, kernel):
-    return xla_dot_v2(
-        lhs=x,
-        rhs=kernel,
-        dimension_numbers=_DIMENSIONS[len(x.shape)],
-        precision_config=_HIGHEST,
-        preferred_element_type=tf.float32,
-    )

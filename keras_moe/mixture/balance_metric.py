@@ -5,7 +5,7 @@ import weakref
 import keras
 from keras import ops
 
-from keras_moe.own_losses import called_model, current_graph, layers_by_name
+from keras_moe.contract.own_losses import called_model, current_graph, layers_by_name
 
 
 class CountsBalance:

@@ -12,8 +12,8 @@ import contextvars
 
 import tensorflow as tf
 
-from keras_moe.distribute import internals
-from keras_moe.vectorization import turn_by_turn
+from keras_moe.dispatch import xla
+from keras_moe.dispatch.vectorization import turn_by_turn
 
 _NAMES = ["GPU"]
 _chosen = contextvars.ContextVar("chosen", default=None)
@@ -37,7 +37,7 @@ def by_device(cpu, gpu):
     """
     if _chosen.get() is not None:
         return (cpu, gpu)[_chosen.get()]()
-    if internals.compiling():
+    if xla.compiling():
         return _inside(0, cpu)()
     # The operation knows the device that it runs on: 0, the first name, or 1, the number of names.
     index = tf.raw_ops.DeviceIndex(device_names=_NAMES)

@@ -6,15 +6,23 @@ finds the layers inside other layers by `_flatten_layers`, reads the losses of e
 Keras' global state.
 """
 
+import warnings
+
 import tensorflow as tf
 from keras.src.backend.common import global_state
 
+_LEFT_OUT = (
+    "The losses of {!r} cannot leave the loop or branch that calls it, as that of "
+    "`keras.layers.RNN`, so nothing trains by them. Let the loop be unrolled, as by "
+    "`keras.layers.RNN(cell, unroll=True)`, or set the weights of all its losses to 0."
+)
+
 
 class OwnLosses:
-    """Tells a layer when its losses are read, and refuses to give losses that nobody can read.
+    """Tells a layer when its losses are read, and leaves out those that nobody can read.
 
     A class that a layer inherits from before `keras.layers.Layer`. A loss that was added inside a
-    loop, a branch or a function of a graph is a tensor of that alone.
+    loop, a branch or a function of a graph is a tensor of that alone: it is left out with a warning.
     """
 
     def on_call_begins(self):
@@ -29,10 +37,11 @@ class OwnLosses:
 
     def _get_own_losses(self):
         losses = super()._get_own_losses()
-        for loss in losses:
-            _check_can_be_read(loss, self)
+        readable = [loss for loss in losses if _can_be_read(loss)]
+        if len(readable) < len(losses):
+            warnings.warn(_LEFT_OUT.format(self.name), stacklevel=2)
         self.on_losses_read()
-        return losses
+        return readable
 
 
 def added_losses(layer):
@@ -64,17 +73,13 @@ def current_graph():
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
-def _check_can_be_read(loss, layer):
+def _can_be_read(loss):
+    """Whether a loss is a value here: not one of a loop, a branch or a function inside."""
     reader, owner = current_graph(), getattr(loss, "graph", None)
     if reader is None or owner is None:
-        return
+        return True
     while reader is not None:
         if reader is owner:
-            return
+            return True
         reader = getattr(reader, "outer_graph", None)
-    raise ValueError(
-        f"The losses of {layer.name!r} cannot leave the loop or branch that calls it, as that of "
-        "`keras.layers.RNN`; set the weights of all its losses to 0, or let the loop be unrolled, "
-        f"as by `keras.layers.RNN(cell, unroll=True)`. Received: {loss.name} of the graph "
-        f"{owner.name!r}"
-    )
+    return False

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_moe import dispatch
-from keras_moe.devices import captured
-from keras_moe.sorting import index_range
+from keras_moe.dispatch.devices import captured
+from keras_moe.dispatch.sorting import index_range
 
 # What a further block costs beside its places, in rows. A card computes as much with a matrix and
 # this many rows as it takes to copy the matrix, and to add up its gradient: some hundred operations

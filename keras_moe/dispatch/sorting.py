@@ -7,7 +7,7 @@ needs there and back; int64 stays on the GPU (checked with TensorFlow 2.21).
 import numpy as np
 import tensorflow as tf
 
-from keras_moe.devices import by_device
+from keras_moe.dispatch.devices import by_device
 
 _SEGMENT = 2048  # entries that a single block of threads of a GPU sorts
 

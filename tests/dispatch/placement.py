@@ -16,7 +16,7 @@ from tensorflow.python.eager import context
 from tensorflow.python.framework import op_def_registry
 from tensorflow.python.framework.kernels import get_registered_kernels_for_op
 
-from keras_moe import devices
+from keras_moe.dispatch import devices
 
 # What hands tensors on, or reads what is known of them, and computes nothing.
 _FREE = {

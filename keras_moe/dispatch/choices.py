@@ -3,8 +3,8 @@
 import tensorflow as tf
 from keras import ops
 
-from keras_moe.sorting import index_range
-from keras_moe.vectorization import turn_by_turn
+from keras_moe.dispatch.sorting import index_range
+from keras_moe.dispatch.vectorization import turn_by_turn
 
 INDEX = "int64"  # of numbers of examples and experts that are computed with: see `sorting.py`
 

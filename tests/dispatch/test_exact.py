@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from helpers import EVERY_LAYER, examples, with_random_weights
 
-from keras_moe import devices, exact
+from keras_moe.dispatch import devices, exact
 
 matmul = tf.matmul
 

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 from helpers import EVERY_LAYER, WIDTH, every_layer, examples, with_random_weights
 
-from keras_moe import HierarchicalMoE, SparseMoE, vectorization
+from keras_moe import HierarchicalMoE, SparseMoE
+from keras_moe.dispatch import vectorization
 
 # One group, one expert, one shared expert: a batch of a single matrix, which has its own way.
 SINGLE = {

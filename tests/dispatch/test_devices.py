@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 from helpers import EVERY_LAYER, assert_agrees, examples, with_random_weights
 
-from keras_moe import devices
-from keras_moe.devices import by_device
+from keras_moe.dispatch import devices
+from keras_moe.dispatch.devices import by_device
 
 
 def which(x):

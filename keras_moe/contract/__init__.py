@@ -1,0 +1,1 @@
+"""What Keras promises of a layer, kept in one place for all layers of the package."""
