@@ -22,7 +22,8 @@ class OwnLosses:
     """Tells a layer when its losses are read, and leaves out those that nobody can read.
 
     A class that a layer inherits from before `keras.layers.Layer`. A loss that was added inside a
-    loop, a branch or a function of a graph is a tensor of that alone: it is left out with a warning.
+    loop, a branch or a function of a graph is a tensor of that alone: it is left out, and a warning
+    says so.
     """
 
     def on_call_begins(self):
