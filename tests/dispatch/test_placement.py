@@ -76,7 +76,7 @@ def test_one_example_asks_nothing_of_the_host(name):
 def test_the_way_of_cpus_would_be_found():
     layer = made("noisy_top_k")
     found = placement(forward(layer), tf.constant(examples(64)), way=0)
-    assert len(found.from_gpu) > FROM_GPU and len(found.to_gpu) > TO_GPU
+    assert len(found.from_gpu) > FROM_GPU
     assert "LoopCond" in (found.on_host | found.on_gpu).values()
     found = placement(forward(layer), tf.constant(examples(1)), way=0)
     assert "SparseMatMul" in found.missing.values()
