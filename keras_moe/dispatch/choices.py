@@ -3,9 +3,11 @@
 import tensorflow as tf
 from keras import ops
 
+from keras_moe.dispatch.devices import by_device
 from keras_moe.dispatch.sorting import index_range
 from keras_moe.dispatch.vectorization import turn_by_turn
 
+_MOST_ROUNDS = 16  # K beyond which a row is sorted
 INDEX = "int64"  # of numbers of examples and experts that are computed with: see `sorting.py`
 
 
@@ -13,7 +15,7 @@ def top_k(x, k):
     """The K largest entries of each row.
 
     Args:
-        x: Float tensor [T, N].
+        x: Float tensor [T, N], without NaN and -inf.
         k: K, an integer or int32 scalar.
 
     Returns:
@@ -23,9 +25,7 @@ def top_k(x, k):
 
     @tf.custom_gradient
     def call(x):
-        values, index = tf.math.top_k(x, k)
-        # The maximum, as TensorFlow would do before the conversion what only moves numbers.
-        index = tf.maximum(tf.cast(index, tf.int64), 0)
+        values, index = by_device(lambda: _sorted(x, k), lambda: _in_rounds(x, k))
 
         def gradient(upstream, _):  # TensorFlow's own scatters by int32.
             width = tf.constant(x.shape[-1], tf.int64)
@@ -40,6 +40,36 @@ def top_k(x, k):
         return (values, index), gradient
 
     return call(x)
+
+
+def _sorted(x, k):
+    values, index = tf.math.top_k(x, k)
+    # The maximum, as TensorFlow would do before the conversion what only moves numbers.
+    return values, tf.maximum(tf.cast(index, tf.int64), 0)
+
+
+def _in_rounds(x, k):
+    """The same for GPUs, the largest entry first, then the largest of the rest and so on.
+
+    Up to 1000 entries TensorFlow sorts each row completely instead: 4.1 ms for [16384, 256], when
+    all products of a gating take 0.4 ms (TensorFlow 2.21, H100). For more it has a better way.
+    """
+    width = x.shape[-1]
+    if not isinstance(k, int) or k > _MOST_ROUNDS or width > 1000:
+        return _sorted(x, k)
+    place = tf.constant([list(range(width))], x.dtype)  # in floats, which a GPU compares itself
+    taken = tf.zeros_like(x, tf.bool)
+    values, indices = [], []
+    for _ in range(k):
+        rest = tf.where(taken, x.dtype.min, x)
+        largest = tf.reduce_max(rest, axis=1, keepdims=True)
+        candidates = tf.logical_and(rest == largest, tf.logical_not(taken))
+        index = tf.where(candidates, place, tf.cast(width, x.dtype))
+        index = tf.reduce_min(index, axis=1, keepdims=True)
+        taken = tf.logical_or(taken, place == index)
+        values.append(largest)
+        indices.append(index)
+    return tf.concat(values, axis=1), tf.cast(tf.concat(indices, axis=1), tf.int64)
 
 
 def rank(scores, group=None):

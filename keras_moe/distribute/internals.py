@@ -222,6 +222,9 @@ def _launchers(strategy):
 
 
 def _launch(launcher, collective, x, **kwargs):
+    if x.dtype == tf.int32 and tf.DeviceSpec.from_string(launcher._device).device_type == "GPU":
+        # There TensorFlow reduces int64 alone.
+        return tf.cast(_launch(launcher, collective, tf.cast(x, tf.int64), **kwargs), tf.int32)
     options = launcher._options
     with tf.device(launcher._device):
         return collective(

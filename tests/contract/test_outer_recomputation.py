@@ -238,7 +238,7 @@ def test_layer_experts_in_a_remat_scope():
 
 
 def test_what_is_private_in_tensorflow_is_still_there():
-    from keras_moe import outer_recomputation
+    from keras_moe.contract import outer_recomputation
 
     assert outer_recomputation._FORWARD is not None
     assert outer_recomputation._AGAIN is not None
