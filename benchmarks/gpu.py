@@ -44,9 +44,9 @@ def make_cases():
         batches = 8 if examples <= 16 else 1
         cases.append(Case(num_experts, 4, examples, work, batches=batches, dtype=dtype, **sizes))
 
+    add(256, 65536, WIDE)
     add(256, 16384, WIDE)
     add(32, 16384, WIDE)
-    add(256, 65536, WIDE)
     add(256, 16384, NARROW)
     add(256, 16384, NARROW, work="step", dtype="mixed_bfloat16")
     add(256, 1, WIDE, work="forward")

@@ -33,6 +33,13 @@ def pytest_configure(config):
             tf.config.set_logical_device_configuration(gpu, [part] * number)
 
 
+def pytest_collection_modifyitems(items):
+    if tf.config.list_physical_devices("GPU"):
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason="watches how a CPU computes"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def frozen_heap():
     """Has the garbage collector pass over what imports and earlier test files have left.

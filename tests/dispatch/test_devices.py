@@ -8,6 +8,8 @@ from helpers import EVERY_LAYER, assert_agrees, examples, with_random_weights
 from keras_moe.dispatch import devices
 from keras_moe.dispatch.devices import by_device
 
+pytestmark = pytest.mark.cpu  # It is taken for a GPU here.
+
 
 def which(x):
     """The number of the way, in the shape of `x`."""

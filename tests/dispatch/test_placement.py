@@ -8,6 +8,8 @@ from placement import placement
 from keras_moe import HierarchicalMoE, SparseMoE
 from keras_moe.gating.strictly_balanced import BalancedGating
 
+pytestmark = pytest.mark.cpu  # On a GPU TensorFlow places what is counted here itself.
+
 LAYERS = {
     **EVERY_LAYER,
     "hierarchical_balanced": lambda **options: HierarchicalMoE(

@@ -27,6 +27,7 @@ def test_a_recomputed_function_is_computed_once_more():
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.cpu
 def test_recomputing_survives_the_optimizer_of_the_graph():
     def function(x, kernel):
         return tf.tanh(tf.tanh(x @ kernel) @ kernel)

@@ -15,6 +15,7 @@ HIDDEN = 5
 KERNELS = ("primary", "secondary", "primary_noise", "secondary_noise")
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("training", [True, False])
 def test_gating_multiplies_each_example_with_its_own_groups(training, monkeypatch):
     products = []
@@ -54,6 +55,7 @@ def test_secondary_kernels_of_other_groups_are_never_met():
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.cpu
 def test_load_of_evaluation_is_the_rows_that_each_expert_computes():
     rows_computed = []
 

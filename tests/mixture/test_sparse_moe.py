@@ -81,6 +81,7 @@ def test_any_shape_agrees_with_the_oracle(data):
     np.testing.assert_allclose(routing.importance, expected.importance, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("training", [True, False])
 def test_experts_compute_their_own_rows_alone(training):
     computed = []
