@@ -7,6 +7,7 @@ import c_api
 import pytest
 import tensorflow as tf
 from exports import train
+from tensorflow.python.framework import ops
 
 # For strategies with several replicas. There is no way to have more once TensorFlow has started.
 tf.config.set_logical_device_configuration(
@@ -44,9 +45,13 @@ def pytest_collection_modifyitems(items):
 def frozen_heap():
     """Has the garbage collector pass over what imports and earlier test files have left.
 
-    That is over a million objects, since TensorFlow keeps every graph with a custom gradient. Keras
-    collects whenever a variable of a layer is deleted: `quantize` would take ten times as long.
+    That is over a million objects. Keras collects whenever a variable of a layer is deleted:
+    `quantize` would take ten times as long. Graphs with custom gradients are let go of: TensorFlow
+    has them in a registry for good, gigabytes of them (private, checked with 2.21).
     """
+    gradients = ops.gradient_registry._registry
+    for name in [name for name in gradients if name.startswith("CustomGradient-")]:
+        del gradients[name]
     gc.collect()
     gc.freeze()
 

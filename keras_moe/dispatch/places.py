@@ -196,16 +196,17 @@ def gather_up(upstream, places, num_experts):
 
 
 def _of_any_size(places):
-    """The same `Places`, in a graph without known shapes.
+    """The same `Places`, in a graph without known shapes where they were made outside of it.
 
-    They may have been made before, outside the graph: there a CPU has left them empty, which says
-    nothing of what the graph is made for.
+    There a CPU has left them empty, which says nothing of what the graph is made for.
     """
     if tf.executing_eagerly():
         return places
-    return Places(
-        *(tf.raw_ops.PlaceholderWithDefault(input=x, shape=[None] * len(x.shape)) for x in places)
-    )
+    return Places(*(x if tf.is_symbolic_tensor(x) else _of_any_shape(x) for x in places))
+
+
+def _of_any_shape(x):
+    return tf.raw_ops.PlaceholderWithDefault(input=x, shape=[None] * len(x.shape))
 
 
 def _blocks(rows, places):
