@@ -8,13 +8,15 @@ from keras_moe.experts.feed_forward import FeedForwardExperts
 from keras_moe.experts.layer_experts import LayerExperts
 from keras_moe.gating.hierarchical import HierarchicalGating
 from keras_moe.gating.hierarchical_balanced import HierarchicalBalancedGating
-from keras_moe.gating.routing import NoisyTopKGating, Routing, SoftmaxGating
+from keras_moe.gating.noisy_top_k import NoisyTopKGating
+from keras_moe.gating.routing import Routing
+from keras_moe.gating.softmax import SoftmaxGating
 from keras_moe.gating.strictly_balanced import StrictlyBalancedGating
 from keras_moe.mixture.hierarchical_moe import HierarchicalMoE
 from keras_moe.mixture.sparse_moe import SparseMoE
 from keras_moe.saving import load_weights, save_weights
 from keras_moe.serving import export_saved_model
-from keras_moe.surgery.resizing import grow, prune, upcycle, used_experts
+from keras_moe.surgery import grow, prune, upcycle, used_experts
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_moe.mixture import inspection as observation
+from keras_moe.mixture import inspection
 
 
 class ExpertExample(NamedTuple):
@@ -78,7 +78,7 @@ class ExpertExamples(keras.callbacks.Callback):
         each_epoch=False,
     ):
         super().__init__()
-        self.x = observation.check_batches(x)
+        self.x = inspection.check_batches(x)
         self.vocabulary = vocabulary
         self.layer = layer
         self.experts = experts
@@ -99,13 +99,13 @@ class ExpertExamples(keras.callbacks.Callback):
 
     def find(self, model):
         """Calls the model on all of `x` without training, and sets `best` and `load`."""
-        name, layer = self._pick(observation.mixtures(model))
+        name, layer = self._pick(inspection.mixtures(model))
         self.load = np.zeros(layer.num_experts)
         best = [[] for _ in self.load]  # of each expert, (gate, line, position, tokens of the line)
         first_line = 0
-        for x in observation.batches(self.x):
+        for x in inspection.batches(self.x):
             tokens = _check_tokens(x)
-            for routing in observation.routings(model, x, {name: layer})[name]:
+            for routing in inspection.routings(model, x, {name: layer})[name]:
                 if len(routing.gates) != tokens.size:
                     raise ValueError(
                         "The positions of the layer must be those of the tokens [B, L], for a gate "
@@ -113,7 +113,7 @@ class ExpertExamples(keras.callbacks.Callback):
                         f"which {name!r} routed {len(routing.gates)} examples. Other inputs can be "
                         "matched by hand, from `SparseMoE.recorded_routings`."
                     )
-                example, expert, gate = observation.choices(routing)
+                example, expert, gate = inspection.choices(routing)
                 self.load += np.bincount(expert, minlength=len(self.load))
                 line, position = np.divmod(example, tokens.shape[1])
                 for found, mine in zip(best, _by_expert(expert, gate, len(best)), strict=True):

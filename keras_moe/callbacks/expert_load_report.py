@@ -5,8 +5,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import losses
-from keras_moe.callbacks import tensorboard as summaries
-from keras_moe.mixture import inspection as observation
+from keras_moe.callbacks import tensorboard
+from keras_moe.mixture import inspection
 
 
 class ExpertLoadReport(keras.callbacks.Callback):
@@ -45,7 +45,7 @@ class ExpertLoadReport(keras.callbacks.Callback):
 
     def __init__(self, x, log_dir):
         super().__init__()
-        self.x = observation.check_batches(x)
+        self.x = inspection.check_batches(x)
         self.log_dir = str(log_dir)
         self.load = {}
         self._step = None
@@ -64,15 +64,15 @@ class ExpertLoadReport(keras.callbacks.Callback):
         self._writer.close()
 
     def _report(self, step):
-        mixtures = observation.mixtures(self.model)
-        load = observation.load(self.model, self.x, mixtures)
+        mixtures = inspection.mixtures(self.model)
+        load = inspection.load(self.model, self.x, mixtures)
         # Under `record_if`, since the TensorBoard callback may have told others to write nothing.
         with self._writer.as_default(step), tf.summary.record_if(True):
             for name, rows in load.items():
                 self.load[name] = np.vstack([*self.load.get(name, ()), rows])
-                summaries.write_scalar(f"{name}/max_over_mean_load", losses.max_over_mean(rows))
-                summaries.write_scalar(f"{name}/cv_load", losses.cv_squared(rows) ** 0.5)
-                summaries.write_histogram(f"{name}/load", rows)
-                summaries.write_load_picture(f"{name}/load_over_even_share", self.load[name])
+                tensorboard.write_scalar(f"{name}/max_over_mean_load", losses.max_over_mean(rows))
+                tensorboard.write_scalar(f"{name}/cv_load", losses.cv_squared(rows) ** 0.5)
+                tensorboard.write_histogram(f"{name}/load", rows)
+                tensorboard.write_load_picture(f"{name}/load_over_even_share", self.load[name])
         self._writer.flush()
         self._step = step

@@ -63,6 +63,16 @@ def as_mask(mask, x):
     return tf.ensure_shape(mask, positions) if shape.rank is None else mask
 
 
+def as_examples(x, mask):
+    """Returns an input [..., D] as [T, D], zeros where masked, and the mask as [T] or `None`."""
+    examples = ops.reshape(x, (-1, x.shape[-1]))
+    if mask is None:
+        return examples, None
+    mask = ops.reshape(as_mask(mask, x), (-1,))
+    # A zero in place of a NaN: 0·NaN would carry it into the gradients.
+    return ops.where(mask[:, None], examples, ops.zeros_like(examples)), mask
+
+
 def as_numbers(numbers):
     """Returns numbers of rows or experts as an int32 tensor, or `None`."""
     return None if numbers is None else ops.convert_to_tensor(numbers, "int32")

@@ -11,7 +11,7 @@ enough for every load. As N·(S - 1) ≤ M, that is at most twice the rows.
 
 import tensorflow as tf
 
-from keras_moe.dispatch import rearrange, spread
+from keras_moe.dispatch.rows import rearrange, spread
 from keras_moe.dispatch.sorting import index_range
 
 

@@ -17,7 +17,7 @@ from keras import ops
 
 from keras_moe.arguments import check_size
 from keras_moe.contract.inputs import as_input, as_numbers
-from keras_moe.dispatch import grouped_products as grouped
+from keras_moe.dispatch import grouped_products, loops, one_example
 from keras_moe.dispatch.blocks import block_by_block
 from keras_moe.dispatch.devices import by_device, captured
 from keras_moe.dispatch.recomputation import recomputed, recomputing
@@ -196,14 +196,14 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         banks = [ops.convert_to_tensor(kernel) for kernel in self.kernels]
         banks += [ops.cast(bank, self.compute_dtype) for bank in (*scales, *self.biases)]
         if experts is not None:
-            function = functools.partial(self._feed_forward, product=grouped.row_times)
-            return grouped.one_example(function, rows, experts, banks)
+            function = functools.partial(self._feed_forward, product=one_example.row_times)
+            return one_example.of_each(function, rows, experts, banks)
         if rows_per_expert is None or self.static_shapes:
             function = recomputed(self._feed_forward) if self.recompute else self._feed_forward
             if rows_per_expert is None:
                 return function(rows, *banks)
             return block_by_block(function, rows, rows_per_expert, banks)
-        layout = grouped.lay_out(rows_per_expert, ops.shape(rows)[0])
+        layout = grouped_products.lay_out(rows_per_expert, ops.shape(rows)[0])
         function, forward = functools.partial(self._feed_forward, layout=layout), None
         if not training:
             forward = self._forward(layout)
@@ -222,7 +222,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         width = self.kernels[-1].shape[-1]
 
         def in_one_loop(rows, *banks):
-            return grouped.apply(self._feed_forward, rows, layout.rows_per_expert, banks, width)
+            return loops.apply(self._feed_forward, rows, layout.rows_per_expert, banks, width)
 
         def in_places(*arguments):
             return self._feed_forward(*captured(arguments), layout=captured(layout))
@@ -235,9 +235,9 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         """One expert on its rows [M, D], G of them on theirs [G, M, D], or all on sorted rows."""
         of_rows = functools.partial(ops.expand_dims, axis=-2)
         if layout is not None:
-            rows = grouped.arrange(rows, layout)
-            product = functools.partial(grouped.multiply, layout=layout)
-            of_rows = functools.partial(grouped.of_rows, layout=layout)
+            rows = grouped_products.arrange(rows, layout)
+            product = functools.partial(grouped_products.multiply, layout=layout)
+            of_rows = functools.partial(grouped_products.of_rows, layout=layout)
         number = len(self.kernels)
         kernels, others = parameters[:number], parameters[number:]
         scales, biases = others[: len(self.scales)], others[len(self.scales) :]
@@ -249,7 +249,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
                 rows = ops.divide_no_nan(rows, of_rows(scales[i]))
             if biases:
                 rows += of_rows(biases[i])
-        return rows if layout is None else grouped.restore(rows, layout)
+        return rows if layout is None else grouped_products.restore(rows, layout)
 
     def _activate(self, rows):
         if not self._gated:

@@ -10,7 +10,7 @@ from keras_moe.arguments import check_size
 from keras_moe.contract.freezing import FreezableParts, call_once, copy_trainable
 from keras_moe.contract.inputs import as_input, as_numbers
 from keras_moe.contract.own_losses import layers_by_name
-from keras_moe.dispatch import grouped_products as grouped
+from keras_moe.dispatch import pieces
 from keras_moe.experts import in_memory
 from keras_moe.experts.initializers import derived_seeds
 from keras_moe.saving import CheckedExperts
@@ -101,9 +101,9 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
         if rows_per_expert is None:
             experts = zip(self.layers, ops.unstack(rows), strict=True)
             return ops.stack([self._call_expert(layer, piece) for layer, piece in experts])
-        *pieces, rest = grouped.split(rows, rows_per_expert)
-        experts = zip(self.layers, pieces, strict=True)
-        return grouped.join([self._call_expert(layer, piece) for layer, piece in experts], rest)
+        *parts, rest = pieces.split(rows, rows_per_expert)
+        experts = zip(self.layers, parts, strict=True)
+        return pieces.join([self._call_expert(layer, piece) for layer, piece in experts], rest)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Under `keras.RematScope` each expert is recomputed for itself, which keeps its losses."""

@@ -10,13 +10,13 @@ from keras import ops
 
 from keras_moe import dispatch, losses
 from keras_moe.arguments import check_pair, check_size
-from keras_moe.dispatch import exact
-from keras_moe.dispatch import grouped_products as grouped
+from keras_moe.dispatch import exact, grouped_products
 from keras_moe.dispatch.choices import leaves, sum_by_expert
 from keras_moe.distribute import collectives
 from keras_moe.distribute.exchange import on_their_replicas
 from keras_moe.distribute.sharded_variable import sharded_rows
-from keras_moe.gating.routing import NoisyGating, Routing, make_routing
+from keras_moe.gating.noisy_top_k import NoisyGating
+from keras_moe.gating.routing import Routing, make_routing
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -150,7 +150,9 @@ class HierarchicalGating(NoisyGating):
         """Each example times the kernels of its groups: of each [T·K_primary, B], by choices."""
 
         def products(rows, plan):
-            return grouped.exact_products(rows, kernels, plan.rows_per_expert, self.static_shapes)
+            return grouped_products.exact_products(
+                rows, kernels, plan.rows_per_expert, self.static_shapes
+            )
 
         if not self.expert_parallel or collectives.num_replicas() == 1:
             plan = dispatch.make_plan(primary, self.num_groups)

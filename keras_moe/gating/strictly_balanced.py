@@ -8,7 +8,8 @@ from keras_moe.arguments import check_k, check_weight
 from keras_moe.dispatch import exact
 from keras_moe.dispatch.choices import INDEX, rank, sum_by_expert, top_k
 from keras_moe.dispatch.vectorization import largest_of_turns
-from keras_moe.gating.routing import Gating, make_routing, softmax, spoil
+from keras_moe.gating.gating import Gating, softmax, spoil
+from keras_moe.gating.routing import make_routing
 
 
 class BalancedGating(Gating):

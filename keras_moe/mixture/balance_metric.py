@@ -5,24 +5,55 @@ import weakref
 import keras
 from keras import ops
 
-from keras_moe.contract.own_losses import called_model, current_graph, layers_by_name
+from keras_moe import losses
+from keras_moe.arguments import check_weight
+from keras_moe.contract.own_losses import OwnLosses, called_model, current_graph, layers_by_name
+from keras_moe.distribute import collectives
 
 
-class CountsBalance:
+class CountsBalance(OwnLosses):
     """Counts the balance of a layer's calls once the losses of these calls are read.
 
-    A class that a layer inherits from before `OwnLosses`. Training and evaluation read the losses;
-    `predict` does not, nor do most callbacks that call a model in between, whose calls are to
-    leave the logs of `fit` as they are.
+    A class that a layer inherits from before `keras.layers.Layer`. Training and evaluation read the
+    losses; `predict` does not, nor do most callbacks that call a model in between, whose calls are
+    to leave the logs of `fit` as they are.
     """
 
-    def log_balance(self, names):
-        """Makes the metric, of the given names."""
-        self._balance = Balance(self.name, names)
+    def set_balance(self, importance_loss_weight, load_loss_weight, drops):
+        """Makes the metric, and checks the weights of the losses; `drops`: if choices may be."""
+        self.importance_loss_weight = check_weight("importance_loss_weight", importance_loss_weight)
+        self.load_loss_weight = check_weight("load_loss_weight", load_loss_weight)
+        names = ["cv_importance", "cv_load", "max_over_mean_load"]
+        self._balance = Balance(self.name, [*names, "fraction_dropped"] if drops else names)
         self._uncounted = _Uncounted()
 
-    def add_to_balance(self, values):
-        """Gives the metric the values of a call, a dict."""
+    def add_balance(self, routing, fraction_dropped, training):
+        """Adds the balance losses of a call, and has its balance logged where `training` is given.
+
+        Args:
+            routing: The `Routing`.
+            fraction_dropped: The part of the choices that found no place, or `None`.
+            training: As the layer is called.
+        """
+        # The balance of the batch of all replicas: the mean of theirs would be another (a square).
+        balance = ops.stack([routing.importance, routing.load])
+        importance, load = ops.unstack(collectives.all_sum(balance))
+        cv2_importance, cv2_load = losses.cv_squared(importance), losses.cv_squared(load)
+        if self.importance_loss_weight or self.load_loss_weight:
+            self.add_loss(losses.in_floatx(self.importance_loss_weight * cv2_importance))
+            self.add_loss(losses.in_floatx(self.load_loss_weight * cv2_load))
+        if training is None:
+            return  # A bare call or `model.export`; `fit`, `evaluate` and `predict` say which.
+        balance = {
+            "cv_importance": ops.sqrt(cv2_importance),
+            "cv_load": ops.sqrt(cv2_load),
+            "max_over_mean_load": losses.max_over_mean(load),
+        }
+        if fraction_dropped is not None:
+            balance["fraction_dropped"] = fraction_dropped
+        self._add_to_metric(balance)
+
+    def _add_to_metric(self, values):
         self._balance_has_own_name()
         if current_graph() is self._uncounted.graph:
             self._uncounted.calls.append(values)

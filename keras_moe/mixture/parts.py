@@ -1,15 +1,32 @@
 """The parts of a mixture of experts, made or checked from the arguments of its layer."""
 
 import inspect
+import math
 
 import keras
+from keras import ops
 
+from keras_moe import dispatch
 from keras_moe.contract.freezing import TRAINABLE_PARTS
 from keras_moe.experts import in_memory
 from keras_moe.experts.feed_forward import FeedForwardExperts, is_bank
 from keras_moe.experts.layer_experts import LayerExperts
-from keras_moe.gating.routing import NoisyTopKGating, SoftmaxGating
+from keras_moe.gating.noisy_top_k import NoisyTopKGating
+from keras_moe.gating.softmax import SoftmaxGating
 from keras_moe.gating.strictly_balanced import BalancedGating, StrictlyBalancedGating
+
+# What a layer hands on to its default bank.
+_FEED_FORWARD_ARGUMENTS = (
+    "hidden_units",
+    "output_dim",
+    "activation",
+    "use_bias",
+    "kernel_initializer",
+    "bias_initializer",
+    "kernel_regularizer",
+    "bias_regularizer",
+    "recompute",
+)
 
 
 def make_gating(gating, num_experts, k, static_shapes, router_z_loss_weight, seed):
@@ -115,6 +132,14 @@ def make_shared_experts(bank, number):
         return type(bank).from_config(config)
 
 
+def check_parts(layer):
+    """Raises ValueError if the gating or the bank of a layer doesn't fit it."""
+    for part in (layer.gating, layer.experts):
+        check_number(part, "num_experts", layer.num_experts)
+    if layer.expert_parallel:
+        check_parallel(layer.gating)
+
+
 def check_number(part, name, number):
     """Raises ValueError if a part is made for another number of experts, or of groups."""
     if getattr(part, name, number) != number:
@@ -132,3 +157,45 @@ def check_parallel(gating):
             "sees; leave out `expert_parallel`, or take another gating. Received: "
             f"expert_parallel=True, gating {gating.name!r}"
         )
+
+
+def capacity_of(layer, routing):
+    """The capacity of a layer's experts: a function from the number of examples to C."""
+
+    def capacity(num_examples):
+        # Of pairs the product; a gating of the user's own need not have the attribute.
+        k = getattr(layer.gating, "k", ops.shape(routing.expert_index)[1])
+        k = math.prod(k) if isinstance(k, (tuple, list)) else k
+        return dispatch.expert_capacity(layer.capacity_factor, k, num_examples, layer.num_experts)
+
+    return capacity
+
+
+def config_of_parts(layer):
+    """What stands in a layer's configuration of its gating and its experts."""
+    serialize = keras.saving.serialize_keras_object
+    if layer._gating_name:
+        config = {
+            "gating": layer._gating_name,
+            "k": layer.k,
+            "router_z_loss_weight": layer.router_z_loss_weight,
+        }
+    else:
+        config = {"gating": serialize(layer.gating)}
+    # A bank in int8 can't be made by the arguments of the layer.
+    if not layer._feed_forward or layer.experts.quantization_mode is not None:
+        parts = {"experts": layer.experts, "shared_experts": layer.shared_experts}
+        return config | {name: serialize(p) for name, p in parts.items() if p is not None}
+    bank = layer.experts.get_config()
+    return config | {name: bank[name] for name in _FEED_FORWARD_ARGUMENTS}
+
+
+def with_parts(config):
+    """A copy of a configuration, with layers in place of the configurations of parts."""
+    config = dict(config)
+    for part in ("gating", "experts", "shared_experts"):
+        if isinstance(config.get(part), dict):
+            # Not built yet: `build` does that, also for a part without a `build` of its own.
+            unbuilt = {key: v for key, v in config[part].items() if key != "build_config"}
+            config[part] = keras.saving.deserialize_keras_object(unbuilt)
+    return config

@@ -1,36 +1,36 @@
 """The sparsely-gated mixture-of-experts layer."""
 
-import contextlib
-import functools
-import math
-import threading
-
 import keras
 from keras import ops
 
-from keras_moe import dispatch, losses
 from keras_moe.arguments import check_capacity_factor, check_size, check_weight
 from keras_moe.contract import outer_recomputation
 from keras_moe.contract.freezing import FreezableParts, call_once
-from keras_moe.contract.inputs import as_input, as_mask, check_positions, refuse_ragged
-from keras_moe.contract.own_losses import OwnLosses, added_losses
-from keras_moe.dispatch.recomputation import recomputing
-from keras_moe.distribute import collectives
-from keras_moe.experts.feed_forward import FeedForwardExperts
+from keras_moe.contract.inputs import as_examples, as_input, check_positions, refuse_ragged
 from keras_moe.gating.routing import check_routing
 from keras_moe.mixture.balance_metric import CountsBalance
 from keras_moe.mixture.mix import mix
+from keras_moe.mixture.outer_recomputation import RecomputesExpertsAlone
 from keras_moe.mixture.parts import (
-    check_number,
-    check_parallel,
+    capacity_of,
+    check_parts,
+    config_of_parts,
     make_experts,
     make_gating,
     make_shared_experts,
+    with_parts,
 )
+from keras_moe.mixture.recorded_routings import RecordsRoutings
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SparseMoE(FreezableParts, CountsBalance, OwnLosses, keras.layers.Layer):
+class SparseMoE(
+    FreezableParts,
+    RecomputesExpertsAlone,
+    RecordsRoutings,
+    CountsBalance,
+    keras.layers.Layer,
+):
     """Sparsely-gated mixture of experts (Shazeer et al., 2017, equation 1).
 
     y = Σ_i G(x)_i · E_i(x), at every position of the input: a gating network G picks K of the N
@@ -52,9 +52,8 @@ class SparseMoE(FreezableParts, CountsBalance, OwnLosses, keras.layers.Layer):
     The logs of `fit` and `evaluate` show the balance of the experts, averaged over the batches:
     `<layer>/cv_importance`, `<layer>/cv_load` and `<layer>/max_over_mean_load`, the columns of
     Table 6 in the paper; with a capacity also `<layer>/fraction_dropped`. A call with `training`
-    given counts once `losses` of the layer, or of the model around it, are read: so training and
-    evaluation do, and neither `predict` nor a call by a callback changes what `fit` logs. In a loop
-    of a graph, as of `keras.layers.RNN`, every call counts that has `training` given.
+    given counts once the `losses` of the layer or its model are read, as `fit` and `evaluate` do;
+    in a loop of a graph, as of `keras.layers.RNN`, it always counts.
 
     Args:
         num_experts: N, the number of experts.
@@ -154,49 +153,32 @@ class SparseMoE(FreezableParts, CountsBalance, OwnLosses, keras.layers.Layer):
             kwargs["name"] = self._default_name()
         super().__init__(**kwargs)
         self.num_experts = check_size("num_experts", num_experts)
-        self.importance_loss_weight = check_weight("importance_loss_weight", importance_loss_weight)
-        self.load_loss_weight = check_weight("load_loss_weight", load_loss_weight)
         self.router_z_loss_weight = check_weight("router_z_loss_weight", router_z_loss_weight)
         self.num_shared_experts = check_size("num_shared_experts", num_shared_experts, least=0)
         self.capacity_factor = check_capacity_factor(capacity_factor)
         self.expert_parallel = expert_parallel
         self.seed = seed
         self.supports_masking = True
-
-        self._recording = threading.local()
         self._gating_name = gating if isinstance(gating, str) else None
         self.gating = self._make_gating(gating, k)
         self.k = getattr(self.gating, "k", k)
         self._feed_forward = experts is None
-        self.experts = make_experts(
+        self.experts = self._make_experts(
             experts,
-            self.num_experts,
             hidden_units,
-            {
-                "output_dim": output_dim,
-                "activation": activation,
-                "use_bias": use_bias,
-                "kernel_initializer": kernel_initializer,
-                "bias_initializer": bias_initializer,
-                "kernel_regularizer": kernel_regularizer,
-                "bias_regularizer": bias_regularizer,
-                "recompute": recompute,
-            },
-            static_shapes=self.capacity_factor is not None,
-            expert_parallel=self.expert_parallel,
-            dtype=self.dtype_policy,
+            output_dim=output_dim,
+            activation=activation,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            recompute=recompute,
         )
-        for part in (self.gating, self.experts):
-            check_number(part, "num_experts", self.num_experts)
-        if self.expert_parallel:
-            check_parallel(self.gating)
+        check_parts(self)
         self.shared_experts = make_shared_experts(self.experts, self.num_shared_experts)
         self.supports_jit = self.gating.supports_jit and self.experts.supports_jit
-
-        names = ["cv_importance", "cv_load", "max_over_mean_load"]
-        if self.capacity_factor is not None:
-            names.append("fraction_dropped")
-        self.log_balance(names)
+        self.set_balance(importance_loss_weight, load_loss_weight, self.capacity_factor is not None)
         self.freeze_parts()
 
     def _default_name(self):
@@ -215,20 +197,21 @@ class SparseMoE(FreezableParts, CountsBalance, OwnLosses, keras.layers.Layer):
             seed=self.seed,
         )
 
+    def _make_experts(self, experts, hidden_units, **options):
+        return make_experts(
+            experts,
+            self.num_experts,
+            hidden_units,
+            options,
+            static_shapes=self.capacity_factor is not None,
+            expert_parallel=self.expert_parallel,
+            dtype=self.dtype_policy,
+        )
+
     def __call__(self, x, *args, **kwargs):
         refuse_ragged(self, x)  # Before Keras builds the layer, and also where `x` is symbolic.
         with outer_recomputation.recording(x):
             return super().__call__(x, *args, **kwargs)
-
-    def rematerialized_call(self, layer_call, *args, **kwargs):
-        """Under `keras.RematScope` the backward pass computes the experts again, and no more.
-
-        Keras would run all of `call` again: the balance losses would have no gradient.
-        """
-        if super().rematerialized_call(layer_call, *args, **kwargs) is layer_call:
-            return layer_call
-        banks = [self.experts, self.shared_experts]
-        return recomputing(layer_call, [bank for bank in banks if hasattr(bank, "recompute")])
 
     def build(self, input_shape):
         check_positions(self, input_shape)
@@ -246,49 +229,27 @@ class SparseMoE(FreezableParts, CountsBalance, OwnLosses, keras.layers.Layer):
 
     def call(self, x, training=None, mask=None):
         x = as_input(self, x)
-        examples, mask = self._flatten(x, mask)
+        examples, mask = as_examples(x, mask)
         routing = self.gating(examples, training=training, mask=mask)
         check_routing(routing, self.num_experts)
-        for routings in getattr(self._recording, "lists", ()):
-            routings.append(routing)
+        self.record(routing)
         drops = training and self.capacity_factor is not None
-        with self._unrecorded():
+        with self.unrecorded_experts():
             y, fraction_dropped = mix(
                 self.experts,
                 examples,
                 routing,
                 training=bool(training),
-                capacity=functools.partial(self._capacity, routing) if drops else None,
+                capacity=capacity_of(self, routing) if drops else None,
                 expert_parallel=self.expert_parallel,
             )
             y = ops.cast(y, self.compute_dtype)
             if self.shared_experts is not None:
                 y += self._call_shared_experts(examples, mask)
-        self._add_balance(routing, fraction_dropped, training)
-        if training and outer_recomputation.is_lost():
-            self._refuse_losses()
+        self.add_balance(routing, fraction_dropped, training)
+        if training:
+            self.refuse_lost_losses()
         return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
-
-    def _unrecorded(self):
-        """Where others recompute the layer, they do the experts; whose losses must be recorded."""
-        adds_losses = not isinstance(self.experts, FeedForwardExperts)
-        return contextlib.nullcontext() if adds_losses else outer_recomputation.unrecorded()
-
-    def _refuse_losses(self):
-        if added_losses(self):
-            raise ValueError(
-                "Inside of `tf.recompute_grad`, `keras.remat` or a model made in a "
-                f"`keras.RematScope` the losses of {self.name!r} only have gradients where its "
-                "input is an argument of what is recomputed; recompute what is before the layer "
-                "apart, and the layer's experts by `recompute=True`, or set the weights of all its "
-                "losses to 0. Received: an input that is computed inside"
-            )
-
-    def _capacity(self, routing, num_examples):
-        # Of pairs the product; a gating of the user's own need not have the attribute.
-        k = getattr(self.gating, "k", ops.shape(routing.expert_index)[1])
-        k = math.prod(k) if isinstance(k, (tuple, list)) else k
-        return dispatch.expert_capacity(self.capacity_factor, k, num_examples, self.num_experts)
 
     def _call_shared_experts(self, examples, mask):
         shape = (self.num_shared_experts, *ops.shape(examples))
@@ -307,60 +268,8 @@ class SparseMoE(FreezableParts, CountsBalance, OwnLosses, keras.layers.Layer):
         check_positions(self, x.shape)
         if not self.built:
             self.build(x.shape)
-        examples, mask = self._flatten(x, mask)
+        examples, mask = as_examples(x, mask)
         return self.gating(examples, training=training, mask=mask)
-
-    @contextlib.contextmanager
-    def recorded_routings(self):
-        """Collects the `Routing` of every call that a model makes of this layer in this thread.
-
-        Call the model eagerly inside (`model(x)`, not `model.predict(x)`): a graph would give
-        symbolic tensors.
-
-        Example:
-        ```python
-        with layer.recorded_routings() as routings:
-            model(x)
-        print(routings[0].load)
-        ```
-
-        Yields:
-            A list, to which each call appends.
-        """
-        routings, before = [], getattr(self._recording, "lists", ())
-        self._recording.lists = (*before, routings)
-        try:
-            yield routings
-        finally:
-            self._recording.lists = before
-
-    def _flatten(self, x, mask):
-        """[..., D] and [...] to [T, D] and [T]."""
-        x_flat = ops.reshape(x, (-1, x.shape[-1]))
-        if mask is None:
-            return x_flat, None
-        mask = ops.reshape(as_mask(mask, x), (-1,))
-        # A zero in place of a NaN: 0·NaN would carry it into the gradients.
-        return ops.where(mask[:, None], x_flat, ops.zeros_like(x_flat)), mask
-
-    def _add_balance(self, routing, fraction_dropped, training):
-        # The balance of the batch of all replicas: the mean of theirs would be another (a square).
-        balance = ops.stack([routing.importance, routing.load])
-        importance, load = ops.unstack(collectives.all_sum(balance))
-        cv2_importance, cv2_load = losses.cv_squared(importance), losses.cv_squared(load)
-        if self.importance_loss_weight or self.load_loss_weight:
-            self.add_loss(losses.in_floatx(self.importance_loss_weight * cv2_importance))
-            self.add_loss(losses.in_floatx(self.load_loss_weight * cv2_load))
-        if training is None:
-            return  # A bare call or `model.export`; `fit`, `evaluate` and `predict` say which.
-        balance = {
-            "cv_importance": ops.sqrt(cv2_importance),
-            "cv_load": ops.sqrt(cv2_load),
-            "max_over_mean_load": losses.max_over_mean(load),
-        }
-        if fraction_dropped is not None:
-            balance["fraction_dropped"] = fraction_dropped
-        self.add_to_balance(balance)
 
     def compute_output_shape(self, input_shape):
         width = self.experts.compute_output_shape((None, input_shape[-1]))[-1]
@@ -377,28 +286,11 @@ class SparseMoE(FreezableParts, CountsBalance, OwnLosses, keras.layers.Layer):
             "expert_parallel": self.expert_parallel,
             "seed": self.seed,
         }
-        if self._gating_name:
-            config.update(
-                gating=self._gating_name, k=self.k, router_z_loss_weight=self.router_z_loss_weight
-            )
-        else:
-            config["gating"] = keras.saving.serialize_keras_object(self.gating)
-        # A bank in int8 can't be made by the arguments of this layer.
-        if not self._feed_forward or self.experts.quantization_mode is not None:
-            parts = {"experts": self.experts, "shared_experts": self.shared_experts}
-            serialize = keras.saving.serialize_keras_object
-            return config | {name: serialize(p) for name, p in parts.items() if p is not None}
-        bank = self.experts.get_config()
-        return {**config, **{name: bank[name] for name in _FEED_FORWARD_ARGUMENTS}}
+        return {**config, **config_of_parts(self)}
 
     @classmethod
     def from_config(cls, config):
-        config = dict(config)
-        for part in ("gating", "experts", "shared_experts"):
-            if isinstance(config.get(part), dict):
-                # Not built yet: `build` does that, also for a part without a `build` of its own.
-                unbuilt = {key: v for key, v in config[part].items() if key != "build_config"}
-                config[part] = keras.saving.deserialize_keras_object(unbuilt)
+        config = with_parts(config)
         shared_experts = config.pop("shared_experts", None)
         if shared_experts is None:
             return super().from_config(config)
@@ -406,17 +298,3 @@ class SparseMoE(FreezableParts, CountsBalance, OwnLosses, keras.layers.Layer):
         layer.num_shared_experts = shared_experts.num_experts
         layer.shared_experts = shared_experts
         return layer
-
-
-# What `SparseMoE` hands on to its default bank.
-_FEED_FORWARD_ARGUMENTS = (
-    "hidden_units",
-    "output_dim",
-    "activation",
-    "use_bias",
-    "kernel_initializer",
-    "bias_initializer",
-    "kernel_regularizer",
-    "bias_regularizer",
-    "recompute",
-)

@@ -7,78 +7,13 @@ the state of an optimizer does not, so compile the model that the new layer goes
 
 import operator
 
-import keras
-import numpy as np
 from keras import ops
 
-from keras_moe.arguments import check_size, check_weight
+from keras_moe.arguments import check_size
 from keras_moe.contract.freezing import TRAINABLE_PARTS, copy_trainable
 from keras_moe.experts import in_memory
-from keras_moe.mixture import inspection as observation
 from keras_moe.mixture.hierarchical_moe import HierarchicalMoE
 from keras_moe.mixture.sparse_moe import SparseMoE
-
-
-def upcycle(layers, num_experts, k=4, **kwargs):
-    """Makes a `SparseMoE` of trained dense layers (Komatsuzaki et al., 2022).
-
-    Every expert is a copy of the dense layers, and the gating begins at zero. While all experts
-    are equal it does not matter which ones an example goes to, so that for k > 1, whose gates sum
-    to 1, the new layer computes what the dense layers did (shared experts, if you ask for any,
-    come on top). With k = 1 the gate is the probability of the expert among all N: at first the
-    output is 1/N of that of the dense layers. The noise of the gating sends the examples to
-    different experts, which so become different in training.
-
-    Example, for a model in which the dense layer "up" feeds the dense layer "down":
-    ```python
-    dense = [model.get_layer("up"), model.get_layer("down")]
-    new = {"up": keras_moe.upcycle(dense, 8, k=2), "down": keras.layers.Identity()}
-    model = keras.models.clone_model(model, clone_function=lambda old: new.get(old.name, old))
-    ```
-    The new model shares all other layers with the old one.
-
-    Args:
-        layers: Built `keras.layers.Dense` layers, each the input of the next: one or several
-            hidden layers of the same activation, then a linear one; or a `keras.Sequential` of
-            them. All or none have biases.
-        num_experts: N, the number of experts.
-        k: K, the number of experts per example, from 1 to N.
-        **kwargs: Other keyword arguments of `SparseMoE`. The dtype is that of the dense layers
-            unless given; regularizers are not taken over, as they would count N times.
-
-    Returns:
-        A built `SparseMoE`.
-
-    Raises:
-        ValueError: If the layers are not such a chain, or `kwargs` has an argument that they
-            determine.
-    """
-    layers = layers.layers if isinstance(layers, keras.Sequential) else list(layers)
-    _check_chain(layers)
-    *hidden, last = layers
-    determined = {
-        "hidden_units": [layer.units for layer in hidden],
-        "output_dim": last.units,
-        "activation": hidden[0].activation,
-        "use_bias": last.use_bias,
-    }
-    taken = kwargs.keys() & {*determined, "experts"}
-    if taken:
-        raise ValueError(
-            "The dense layers determine these arguments; leave them out. Received: "
-            + ", ".join(sorted(taken))
-        )
-    kwargs = {"dtype": hidden[0].dtype_policy, **kwargs}
-    moe = SparseMoE(num_experts, k=k, **determined, **kwargs)
-    moe.build((None, hidden[0].kernel.shape[0]))
-    if not last.trainable:
-        moe.experts.trainable = False
-    # One dense weight becomes N of a bank.
-    for bank, layer in zip(moe.experts.kernels, layers, strict=True):
-        bank.assign(ops.broadcast_to(layer.kernel, bank.shape))
-    for bank, layer in zip(moe.experts.biases, layers if last.use_bias else [], strict=True):
-        bank.assign(ops.broadcast_to(layer.bias, bank.shape))
-    return moe
 
 
 def grow(layer, num_experts, k=None):
@@ -115,7 +50,7 @@ def grow(layer, num_experts, k=None):
         ValueError: If the layer is not built, `num_experts` not above that of the layer or not of
             whole groups, `k` out of range, or a part of your own lacks what is named above.
     """
-    units, unit_size = _units(layer)
+    units, unit_size = size_in_units(layer)
     num_experts = check_size("num_experts", num_experts)
     if num_experts <= layer.num_experts or num_experts % unit_size:
         raise ValueError(
@@ -159,7 +94,7 @@ def prune(layer, keep, k=None):
         ValueError: If the layer is not built, `keep` is not a list of its experts, K is larger
             than what is left, or a part of your own lacks what `grow` asks for.
     """
-    units, _ = _units(layer)
+    units, _ = size_in_units(layer)
     try:
         indices = [operator.index(i) for i in keep]
     except TypeError:
@@ -172,76 +107,7 @@ def prune(layer, keep, k=None):
     return _rebuilt(layer, indices, k)
 
 
-def used_experts(model, x, min_share=0.0):
-    """Finds the experts of a model that some data use, for `prune` to keep.
-
-    Args:
-        model: A built model.
-        x: One batch, as the model takes it, or batches as in `callbacks.ExpertLoadReport`; no
-            labels are needed.
-        min_share: An expert counts as used if it gets more than this part of the even share of
-            rows, K·T/N. 0: if it gets any.
-
-    Returns:
-        Dict from the name of each `SparseMoE` to an integer array, the used experts in order of
-        index; of a `HierarchicalMoE` the groups with a used expert. Where a model calls a layer
-        several times, its calls are summed.
-
-    Raises:
-        ValueError: If the model has no `SparseMoE`, `min_share` is negative, or `x` can be read
-            only once or never ends.
-    """
-    check_weight("min_share", min_share)
-    mixtures = observation.mixtures(model)
-    loads = observation.load(model, observation.check_batches(x), mixtures)
-    used = {}
-    for name, load in loads.items():
-        _, unit_size = _units(mixtures[name])
-        units = (load > min_share * load.mean()).reshape(-1, unit_size)
-        used[name] = np.flatnonzero(units.any(axis=1))
-    return used
-
-
-def _check_chain(layers):
-    for layer in layers:
-        if not isinstance(layer, keras.layers.Dense) or layer.quantization_mode is not None:
-            raise ValueError(
-                f"Every layer must be a `keras.layers.Dense`, not quantized. Received: {layer!r}"
-            )
-        if not layer.built:
-            raise ValueError(f"Call or build {layer.name!r} first: it has no weights to copy.")
-    if len(layers) < 2:
-        raise ValueError(
-            "It takes at least one hidden layer, then the output layer. Received: "
-            f"{len(layers)} layers"
-        )
-    *hidden, last = layers
-    shapes = [tuple(layer.kernel.shape) for layer in layers]
-    problem = None
-    if any(before[1] != after[0] for before, after in zip(shapes, shapes[1:], strict=False)):
-        problem = f"Each layer must take what the one before it returns. Received: kernels {shapes}"
-    elif len({layer.use_bias for layer in layers}) > 1:
-        uses = [layer.use_bias for layer in layers]
-        problem = f"All layers or none must have a bias. Received: use_bias {uses}"
-    elif len({layer.trainable for layer in layers}) > 1:
-        problem = (
-            "All layers or none must be frozen, as a bank of experts is. Set `trainable` of all "
-            "alike, and that of the new layer's parts afterwards. Received: trainable "
-            f"{[layer.trainable for layer in layers]}"
-        )
-    elif any(layer.activation != hidden[0].activation for layer in hidden):
-        activations = [keras.activations.serialize(layer.activation) for layer in hidden]
-        problem = f"The hidden layers must have one activation. Received: {activations}"
-    elif last.activation != keras.activations.linear:
-        problem = (
-            "The last layer must be linear; put its activation behind the mixture instead. "
-            f"Received: activation={keras.activations.serialize(last.activation)!r}"
-        )
-    if problem:
-        raise ValueError(problem)
-
-
-def _units(layer):
+def size_in_units(layer):
     """How many parts of a layer can be added or left out, and how many experts such a part has."""
     if not isinstance(layer, SparseMoE):
         raise ValueError(f"`layer` must be a SparseMoE or HierarchicalMoE. Received: {layer!r}")
@@ -259,7 +125,7 @@ def _rebuilt(layer, origins, k):
 
 
 def _rebuilt_in_memory(layer, origins, k):
-    _, unit_size = _units(layer)
+    _, unit_size = size_in_units(layer)
     experts = [unit_size * i + j for i in origins for j in range(unit_size)]
     sizes = {"num_groups": len(origins), "num_experts": len(experts)}
     grouped = hasattr(layer.gating, "num_groups")

@@ -7,7 +7,7 @@ import tensorflow as tf
 from hypothesis import strategies as st
 
 from keras_moe import Routing, dispatch
-from keras_moe.dispatch import grouped_products as grouped
+from keras_moe.dispatch import pieces
 
 
 def routing(expert_index, gates):
@@ -57,9 +57,9 @@ def test_every_row_meets_its_expert_and_comes_back(data):
     x = rng.normal(size=(examples, 3)).astype("float32")
     # Expert i multiplies by i + 1, so example t gets x_t · Σ_k gate·(index + 1).
     plan = dispatch.make_plan(routing(index, gates), num_experts)
-    *pieces, rest = grouped.split(dispatch.dispatch(x, plan), plan.rows_per_expert)
-    assert len(pieces) == num_experts
-    rows = grouped.join([piece * (i + 1) for i, piece in enumerate(pieces)], rest)
+    *parts, rest = pieces.split(dispatch.dispatch(x, plan), plan.rows_per_expert)
+    assert len(parts) == num_experts
+    rows = pieces.join([piece * (i + 1) for i, piece in enumerate(parts)], rest)
     y = dispatch.combine(rows, tf.constant(gates, tf.float32), plan)
     np.testing.assert_allclose(
         y, x * (gates * (index + 1)).sum(axis=1, keepdims=True), rtol=1e-5, atol=1e-6

@@ -22,7 +22,7 @@ from helpers import (
 from hypothesis import strategies as st
 
 from keras_moe import NoisyTopKGating, SparseMoE
-from keras_moe.dispatch import devices, onednn, places
+from keras_moe.dispatch import devices, loops, one_example, onednn, places
 from keras_moe.dispatch import grouped_products as grouped
 
 
@@ -51,7 +51,7 @@ def test_every_way_multiplies_each_row_by_the_matrix_of_its_expert(
     even, static = tf.constant(", even" in way and len(expert) > 0), way == "static shapes"
     with (
         devices.choosing(int("GPU" in way)),
-        mock.patch.object(grouped, "is_even", lambda _: even),
+        mock.patch.object(loops, "is_even", lambda _: even),
         # Copies that cost nothing make further blocks; a fortune, a single batch.
         mock.patch.object(places, "_COPY", 0 if "uneven" in way else 10**6),
         mock.patch.object(onednn, "is_in_use", lambda: by_onednn),
@@ -82,7 +82,7 @@ def test_a_product_of_one_row():
     row, kernel = tf.constant([[1.0, 2.0]]), tf.constant([[3.0, 4.0, 5.0], [6.0, 7.0, 8.0]])
     # 1·3 + 2·6 = 15, 1·4 + 2·7 = 18, 1·5 + 2·8 = 21
     for dtype in ("float16", "bfloat16", "float32", "float64"):
-        y = grouped.row_times(tf.cast(row, dtype), kernel)
+        y = one_example.row_times(tf.cast(row, dtype), kernel)
         assert y.dtype == dtype
         np.testing.assert_array_equal(tf.cast(y, "float32"), [[15, 18, 21]])
 
@@ -90,7 +90,7 @@ def test_a_product_of_one_row():
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_row_that_is_not_finite_spoils_its_own_expert_alone(gpu, even, monkeypatch):
-    monkeypatch.setattr(grouped, "is_even", lambda _: tf.constant(even))
+    monkeypatch.setattr(loops, "is_even", lambda _: tf.constant(even))
     monkeypatch.setattr(places, "_COPY", 10**6 if even else 0)
     rows, kernel = np.ones((4, 2), "float32"), tf.ones((3, 2, 2))
     rows[2] = np.nan  # of expert 1, whose neighbours have more places than rows in a batch
@@ -116,7 +116,7 @@ def test_a_row_that_is_not_finite_spoils_its_own_expert_alone(gpu, even, monkeyp
     ],
 )
 def test_even_are_loads_whose_places_cost_less_than_copies(rows_per_expert, even):
-    assert bool(grouped.is_even(tf.constant(rows_per_expert))) == even
+    assert bool(loops.is_even(tf.constant(rows_per_expert))) == even
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -138,7 +138,7 @@ def test_parameters_of_rows_and_their_gradient(gpu):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mask", [None, np.arange(24) % 4 > 0])
 def test_a_layer_agrees_with_the_oracle_every_way(mask, training, gpu, even, monkeypatch):
-    monkeypatch.setattr(grouped, "is_even", lambda _: tf.constant(even))
+    monkeypatch.setattr(loops, "is_even", lambda _: tf.constant(even))
     monkeypatch.setattr(places, "_COPY", 10**6 if even else 0)
     layer = SparseMoE(5, [4, 3], k=2, activation="swiglu", use_bias=True, seed=5)
     with devices.choosing(int(gpu)):
@@ -151,7 +151,7 @@ def test_a_layer_agrees_with_the_oracle_every_way(mask, training, gpu, even, mon
 @pytest.mark.parametrize("policy", ["float64", "bfloat16", "mixed_float16"])
 def test_both_ways_compute_in_the_dtype_of_the_layer(policy, monkeypatch):
     def answer(even):
-        monkeypatch.setattr(grouped, "is_even", lambda _: tf.constant(even))
+        monkeypatch.setattr(loops, "is_even", lambda _: tf.constant(even))
         gating = NoisyTopKGating(5, k=2, noise=False)
         layer = SparseMoE(5, 4, gating=gating, use_bias=True, recompute=True, dtype=policy)
         with_random_weights(layer)

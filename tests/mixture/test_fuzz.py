@@ -27,7 +27,7 @@ from keras_moe import (
     SparseMoE,
     StrictlyBalancedGating,
 )
-from keras_moe.dispatch import grouped_products as grouped
+from keras_moe.dispatch import loops
 
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "float64", "bfloat16")
 # Of 6·10⁴ float16 holds little more, and float32 no fourth power of 10¹⁰.
@@ -202,7 +202,7 @@ def test_nothing_that_the_arguments_allow_breaks_a_layer(case, training, even):
     mask = None if case.mask is None else case.mask.reshape(-1)
     counted = np.ones(len(case.sound), bool) if mask is None else mask
     # So few rows would always count as even.
-    rule = mock.patch.object(grouped, "is_even", lambda _: tf.constant(even))
+    rule = mock.patch.object(loops, "is_even", lambda _: tf.constant(even))
     with layer.recorded_routings() as routings, rule:
         y, losses, gradients = call_and_gradients(layer, x, training=training, mask=case.mask)
 
