@@ -108,13 +108,15 @@ class Balance(keras.metrics.Metric):
         layer_name: May be set later.
     """
 
-    def __init__(self, layer_name, names, **kwargs):
-        super().__init__(**{"name": f"{layer_name}/balance", **kwargs})
+    def __init__(self, layer_name, names):
+        # At least float32: bfloat16 counts no further than 256 batches.
+        dtype = keras.backend.result_type(keras.config.floatx(), "float32")
+        super().__init__(name=f"{layer_name}/balance", dtype=dtype)
         self.layer_name = layer_name
         self.names = names
         shape = (len(names),)
-        self.total = self.add_variable(shape, "zeros", name="total")
-        self.count = self.add_variable(shape, "zeros", name="count")
+        self.total = self.add_variable(shape, "zeros", dtype, name="total")
+        self.count = self.add_variable(shape, "zeros", dtype, name="count")
 
     def update_state(self, values):
         """Adds the values of a batch, a dict; a name that is not in it has none in this batch."""
