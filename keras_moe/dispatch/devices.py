@@ -13,9 +13,11 @@ import contextvars
 import tensorflow as tf
 
 from keras_moe.dispatch import xla
+from keras_moe.dispatch.tracing import tracing_saved_model
 from keras_moe.dispatch.vectorization import turn_by_turn
 
 _NAMES = ["GPU"]
+_for_any_device = contextvars.ContextVar("for_any_device", default=False)
 _chosen = contextvars.ContextVar("chosen", default=None)
 
 
@@ -37,7 +39,7 @@ def by_device(cpu, gpu):
     """
     if _chosen.get() is not None:
         return (cpu, gpu)[_chosen.get()]()
-    if xla.compiling():
+    if xla.compiling() or not _may_run_on_gpu():
         return _inside(0, cpu)()
     # The operation knows the device that it runs on: 0, the first name, or 1, the number of names.
     index = tf.raw_ops.DeviceIndex(device_names=_NAMES)
@@ -47,6 +49,26 @@ def by_device(cpu, gpu):
     results = tf.switch_case(index, ways)
     turn_by_turn(tf.nest.flatten(results)[0].op.inputs[0])  # TensorFlow hands on copies.
     return results
+
+
+def _may_run_on_gpu():
+    here = any(tf.config.list_logical_devices(name) for name in _NAMES)
+    return here or _for_any_device.get() or tracing_saved_model()
+
+
+@contextlib.contextmanager
+def for_any_device(training):
+    """Inside, where `training` is `None`, graphs have both ways, though there is no GPU here.
+
+    So are models called to be exported. Training, evaluation and prediction say which they are, and
+    their graphs stay where they were made: without a GPU they need no way for one, which would take
+    longer to trace than all else.
+    """
+    token = _for_any_device.set(_for_any_device.get() or training is None)
+    try:
+        yield
+    finally:
+        _for_any_device.reset(token)
 
 
 def _inside(choice, function):

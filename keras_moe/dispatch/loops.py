@@ -1,9 +1,12 @@
 """The way of CPUs to products of sorted rows: a loop over the experts that have rows."""
 
+import functools
+
 import tensorflow as tf
 
 from keras_moe.dispatch import onednn
 from keras_moe.dispatch.devices import densified
+from keras_moe.dispatch.vectorization import as_one_operation
 
 # By these the batch is weighed against the loop, measured with 2 cores, in the time that one row of
 # an expert takes.
@@ -26,12 +29,16 @@ def apply(function, rows, rows_per_expert, banks, width):
     Returns:
         Float tensor [M, width]; zeros behind the last expert's rows.
     """
-    return _expert_by_expert(
-        lambda piece, expert: function(piece, *(bank[expert] for bank in banks)),
-        rows,
-        rows_per_expert,
-        width,
-    )
+
+    def loop(rows, rows_per_expert, *banks):
+        return _expert_by_expert(
+            lambda piece, expert: function(piece, *(bank[expert] for bank in banks)),
+            rows,
+            rows_per_expert,
+            width,
+        )
+
+    return as_one_operation(loop, rows, rows_per_expert, *banks)
 
 
 def is_even(rows_per_expert):
@@ -51,7 +58,11 @@ def is_even(rows_per_expert):
 
 def times(rows, kernel, rows_per_expert, transposed=False):
     """Each row times its expert's matrix, or the transposed one; zeros behind the last expert's."""
+    function = functools.partial(_times, transposed=transposed)
+    return as_one_operation(function, rows, kernel, rows_per_expert)
 
+
+def _times(rows, kernel, rows_per_expert, transposed):
     def of_expert(piece, expert):
         matrix = tf.cast(kernel[expert], rows.dtype)
         if not transposed:
@@ -68,6 +79,10 @@ def times(rows, kernel, rows_per_expert, transposed=False):
 
 def gradient_of_kernel(rows, upstream, rows_per_expert):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
+    return as_one_operation(_gradient_of_kernel, rows, upstream, rows_per_expert)
+
+
+def _gradient_of_kernel(rows, upstream, rows_per_expert):
     ends = tf.cumsum(rows_per_expert)
 
     def batched():
@@ -130,6 +145,10 @@ def _in_places(rows, rows_per_expert):
 
 def expert_of_row(rows_per_expert, num_rows):
     """int32 [M]; N for the rows behind those of the experts."""
+    return as_one_operation(_expert_of_row, rows_per_expert, num_rows)
+
+
+def _expert_of_row(rows_per_expert, num_rows):
     rest = num_rows - tf.reduce_sum(rows_per_expert)
     numbers = tf.concat([rows_per_expert, rest[None]], axis=0)
     return tf.repeat(tf.range(rows_per_expert.shape[0] + 1), numbers)

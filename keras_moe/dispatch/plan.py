@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_moe.dispatch.sorting import sort
+from keras_moe.dispatch.vectorization import turn_by_turn
 
 
 class Plan(NamedTuple):
@@ -71,7 +72,8 @@ def make_plan(routing, num_experts, capacity=None):
         row = tf.where(has_place, place, num_rows)
         position = tf.where(has_place, place, tf.zeros([], tf.int64))
         empty = tf.fill([num_experts * capacity + 1], tf.cast(num_choices, tf.int64))
-        order = tf.tensor_scatter_nd_update(empty, tf.gather(row, order)[:, None], order)[:-1]
+        order = tf.tensor_scatter_nd_update(empty, tf.gather(row, order)[:, None], order)
+        order = turn_by_turn(order)[:-1]
         rows_per_expert, kept = None, _per_example(has_place, k)
         fraction_dropped = fraction(tf.maximum(counts[:-1] - places, 0), counts[:-1])
 

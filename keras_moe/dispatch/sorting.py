@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe.dispatch.devices import by_device
+from keras_moe.dispatch.vectorization import turn_by_turn
 
 _SEGMENT = 2048  # entries that a single block of threads of a GPU sorts
 
@@ -46,7 +47,8 @@ def _at_once(expert, num_experts):
     # gating has done.
     counts = tf.math.unsorted_segment_sum(tf.ones_like(expert), expert, num_experts)
     order, number = tf.cast(order, tf.int64), tf.shape(expert, out_type=tf.int64)
-    return order, tf.scatter_nd(order[:, None], tf.range(number[0]), number), counts
+    row = tf.scatter_nd(order[:, None], tf.range(number[0]), number)
+    return order, turn_by_turn(row), counts
 
 
 def _by_segments(expert, num_experts):

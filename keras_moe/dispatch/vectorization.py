@@ -27,6 +27,21 @@ def turn_by_turn(result):
     return result
 
 
+def as_one_operation(function, *arguments):
+    """Calls a function of tensors, in a graph as one operation, which isn't vectorised.
+
+    Args:
+        function: Of tensors; returns a tensor. Other tensors that it uses are found.
+        *arguments: The tensors.
+
+    Returns:
+        The function's result.
+    """
+    if tf.executing_eagerly():  # Only graphs are vectorised.
+        return function(*arguments)
+    return turn_by_turn(tf.function(function, autograph=False)(*arguments))
+
+
 def largest_of_turns(size):
     """A size that depends on the data; where turns are stacked, the largest of all of them.
 

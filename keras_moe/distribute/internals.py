@@ -37,7 +37,6 @@ from tensorflow.python.ops.resource_variable_ops import (
     UninitializedVariable,
     copy_to_graph_uninitialized,
 )
-from tensorflow.python.saved_model import save_context
 
 
 class VariableOfShards(DistributedVariable):
@@ -139,11 +138,6 @@ def handle_on_tpu(variable):
 def make_component(**kwargs):
     """Makes a variable on the current device that no strategy makes into another."""
     return ResourceVariable(**kwargs)
-
-
-def tracing_saved_model():
-    """Whether what is traced goes into a SavedModel, for which functions are traced anew."""
-    return save_context.in_save_context() and not tf.executing_eagerly()
 
 
 def has_collectives(strategy):

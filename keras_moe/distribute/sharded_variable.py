@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import tensorflow as tf
 
+from keras_moe.dispatch.tracing import tracing_saved_model
 from keras_moe.distribute import internals
 
 
@@ -54,7 +55,7 @@ class ShardedVariable(internals.VariableOfShards):
     def current(self):
         if self.shard is not None:
             return self.shard
-        if internals.tracing_saved_model():
+        if tracing_saved_model():
             return self.in_saved_model.read_value()
         if not self._is_elsewhere:
             return self._rows_of_worker()

@@ -8,7 +8,7 @@ from keras_moe.dispatch.recomputation import recomputing
 from keras_moe.experts.feed_forward import FeedForwardExperts
 
 
-class RecomputesExpertsAlone:
+class RecomputesExperts:
     """What `tf.recompute_grad`, `keras.remat` and `keras.RematScope` make of a mixture.
 
     A class that a layer inherits from before `keras.layers.Layer`. It has `experts` and

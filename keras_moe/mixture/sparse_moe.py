@@ -7,10 +7,11 @@ from keras_moe.arguments import check_capacity_factor, check_size, check_weight
 from keras_moe.contract import outer_recomputation
 from keras_moe.contract.freezing import FreezableParts, call_once
 from keras_moe.contract.inputs import as_examples, as_input, check_positions, refuse_ragged
+from keras_moe.dispatch.devices import for_any_device
 from keras_moe.gating.routing import check_routing
 from keras_moe.mixture.balance_metric import CountsBalance
 from keras_moe.mixture.mix import mix
-from keras_moe.mixture.outer_recomputation import RecomputesExpertsAlone
+from keras_moe.mixture.outer_recomputation import RecomputesExperts
 from keras_moe.mixture.parts import (
     capacity_of,
     check_parts,
@@ -24,13 +25,7 @@ from keras_moe.mixture.recorded_routings import RecordsRoutings
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SparseMoE(
-    FreezableParts,
-    RecomputesExpertsAlone,
-    RecordsRoutings,
-    CountsBalance,
-    keras.layers.Layer,
-):
+class SparseMoE(FreezableParts, RecomputesExperts, RecordsRoutings, CountsBalance, keras.Layer):
     """Sparsely-gated mixture of experts (Shazeer et al., 2017, equation 1).
 
     y = Σ_i G(x)_i · E_i(x), at every position of the input: a gating network G picks K of the N
@@ -228,6 +223,10 @@ class SparseMoE(
             call_once(self.shared_experts, rows, numbers)
 
     def call(self, x, training=None, mask=None):
+        with for_any_device(training):
+            return self._call(x, training, mask)
+
+    def _call(self, x, training, mask):
         x = as_input(self, x)
         examples, mask = as_examples(x, mask)
         routing = self.gating(examples, training=training, mask=mask)

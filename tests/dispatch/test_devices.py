@@ -1,10 +1,16 @@
 """The choice between two ways by the device that runs the operation."""
 
+import functools
+import pathlib
+
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import EVERY_LAYER, assert_agrees, examples, with_random_weights
+from helpers import EVERY_LAYER, WIDTH, assert_agrees, examples, with_random_weights
+from tensorflow.core.protobuf import saved_model_pb2
 
+from keras_moe import SparseMoE, export_saved_model
 from keras_moe.dispatch import devices
 from keras_moe.dispatch.devices import by_device
 
@@ -59,11 +65,33 @@ def test_the_device_of_a_replica_chooses(way):
 
 
 def test_one_graph_has_both_ways():
-    graph = tf.function(which).get_concrete_function(tf.TensorSpec([2])).graph
+    with devices.for_any_device(None):
+        graph = tf.function(which).get_concrete_function(tf.TensorSpec([2])).graph
     (choice,) = [o for o in graph.get_operations() if o.type in ("Case", "StatelessCase")]
     assert choice.inputs[0].op.type == "DeviceIndex"
     assert choice.inputs[0].op.get_attr("device_names") == [b"GPU"]
     assert len(choice.get_attr("branches")) == 2
+
+
+def choices(folder):
+    """How often the device chooses in an export."""
+    (graph,) = saved_model_pb2.SavedModel.FromString(
+        (folder / "saved_model.pb").read_bytes()
+    ).meta_graphs
+    functions = graph.graph_def.library.function
+    return sum(node.op == "DeviceIndex" for f in functions for node in f.node_def)
+
+
+def test_an_export_has_both_ways_and_training_that_of_its_machine(tmp_path):
+    layer = SparseMoE(4, 8, k=2)
+    model = keras.Sequential([keras.Input((WIDTH,)), layer])
+    model.export(tmp_path / "by_keras", verbose=False)
+    assert choices(tmp_path / "by_keras") > 0
+    assert choices(pathlib.Path(export_saved_model(model, tmp_path / "for_serving"))) > 0
+    for training in (True, False):
+        call = tf.function(functools.partial(layer, training=training))
+        graph = call.get_concrete_function(tf.TensorSpec([None, WIDTH])).graph
+        assert b"DeviceIndex" not in graph.as_graph_def().SerializeToString()
 
 
 @pytest.mark.parametrize("name", EVERY_LAYER)
