@@ -2,8 +2,8 @@
 
 On a CPU a loop that starts many small operations is cheap, and every operation that is saved is
 time. On a GPU it takes longer to start a small operation than to compute it, and whatever the host
-has to compute, or to know, stops the card. So both ways are in the graph where there is a GPU, or may be
-one: in an export. The device chooses between them when it runs.
+has to compute, or to know, stops the card. So a graph has both ways where there is a GPU, or may be
+one, as in an export. The device chooses between them when it runs.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ _chosen = contextvars.ContextVar("chosen", default=None)
 def by_device(cpu, gpu):
     """Calls one of two functions, which compute the same.
 
-    Both are traced into a graph, and called once each; in eager mode, inside of either, and where no
-    GPU can be meant, nothing is left to choose. XLA, which compiles for one device and fuses by itself, gets `cpu`. Gradients
-    pass, but a custom gradient around the call is better: TensorFlow hands every value between the
-    two passes out of both branches.
+    Both are traced into a graph, and called once each. In eager mode, inside of either, and where no
+    GPU can be meant, nothing is left to choose. XLA, which compiles for one device and fuses by
+    itself, gets `cpu`. Gradients pass, but a custom gradient around the call is better: TensorFlow
+    hands every value between the two passes out of both branches.
 
     Args:
         cpu: Function without arguments, from tensors to tensors by what it closes over: the way
