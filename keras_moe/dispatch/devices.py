@@ -23,8 +23,8 @@ _chosen = contextvars.ContextVar("chosen", default=None)
 def by_device(cpu, gpu):
     """Calls one of two functions, which compute the same.
 
-    Both are traced into a graph, and called once each. In eager mode, inside of either, and where no
-    GPU can be meant, nothing is left to choose. XLA, which compiles for one device and fuses by
+    Both are traced into a graph, and called once each. In eager mode, inside of either, and where
+    no GPU can be meant, nothing is left to choose. XLA, which compiles for one device and fuses by
     itself, gets `cpu`. Gradients pass, but a custom gradient around the call is better: TensorFlow
     hands every value between the two passes out of both branches.
 
