@@ -38,7 +38,7 @@ def by_device(cpu, gpu):
     """
     if _chosen.get() is not None:
         return (cpu, gpu)[_chosen.get()]()
-    if xla.compiling() or not _may_run_on_gpu():
+    if is_for_cpu():
         return _inside(0, cpu)()
     # The operation knows the device that it runs on: 0, the first name, or 1, the number of names.
     index = tf.raw_ops.DeviceIndex(device_names=_NAMES)
@@ -50,9 +50,13 @@ def by_device(cpu, gpu):
     return results
 
 
-def _may_run_on_gpu():
-    here = any(tf.config.list_logical_devices(name) for name in _NAMES)
-    return here or _for_any_device.get() or tracing_saved_model()
+def is_for_cpu():
+    """Whether `by_device` calls `cpu` here, whatever the device will be."""
+    if _chosen.get() is not None:
+        return _chosen.get() == 0
+    gpu_is_here = any(tf.config.list_logical_devices(name) for name in _NAMES)
+    may_run_on_gpu = gpu_is_here or _for_any_device.get() or tracing_saved_model()
+    return xla.compiling() or not may_run_on_gpu
 
 
 @contextlib.contextmanager

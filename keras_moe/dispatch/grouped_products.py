@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from keras_moe.dispatch import exact, loops, places
 from keras_moe.dispatch.blocks import block_by_block
-from keras_moe.dispatch.devices import by_device
+from keras_moe.dispatch.devices import by_device, is_for_cpu
 from keras_moe.dispatch.vectorization import matmul_each
 
 
@@ -34,7 +34,8 @@ class Layout(NamedTuple):
     Attributes:
         rows_per_expert: int32 [N]. Rows behind those belong to no expert.
         num_rows: M.
-        places: `Places`, on GPUs.
+        places: `Places`, on GPUs; `None` where only a CPU was meant when the rows were laid out, and
+            so is now.
     """
 
     rows_per_expert: Any
@@ -44,11 +45,15 @@ class Layout(NamedTuple):
 
 def lay_out(rows_per_expert, num_rows):
     """The `Layout` of M rows, sorted by expert, for all products with them."""
-    return Layout(
-        rows_per_expert,
-        num_rows,
-        by_device(places.nowhere, lambda: places.make_places(rows_per_expert, num_rows)),
-    )
+    if is_for_cpu():
+        return Layout(rows_per_expert, num_rows, None)
+    places_of_gpu = by_device(places.nowhere, lambda: places.make_places(rows_per_expert, num_rows))
+    return Layout(rows_per_expert, num_rows, places_of_gpu)
+
+
+def by_layout(layout, cpu, gpu):
+    """`by_device`, as long as the rows are laid out for either."""
+    return cpu() if layout.places is None else by_device(cpu, gpu)
 
 
 def product(rows, kernel, rows_per_expert, static_shapes=False):
@@ -138,14 +143,16 @@ def multiply(rows, kernel, layout, matmul_in_places=tf.matmul):
             return [of_rows, places.gradient_of_kernel(rows, upstream, layout.places, size)]
 
         def gradient(upstream):
-            of_rows, *of_kernel = by_device(lambda: in_loops(upstream), lambda: in_places(upstream))
+            of_rows, *of_kernel = by_layout(
+                layout, lambda: in_loops(upstream), lambda: in_places(upstream)
+            )
             return of_rows, tf.cast(of_kernel[0], kernel.dtype) if of_kernel else None
 
         def multiplied():
             matrices = tf.cast(kernel, rows.dtype)
             return places.multiply(rows, matrices, layout.places, matmul=matmul_in_places)
 
-        y = by_device(lambda: loops.times(rows, kernel, layout.rows_per_expert), multiplied)
+        y = by_layout(layout, lambda: loops.times(rows, kernel, layout.rows_per_expert), multiplied)
         return y, gradient
 
     return call(rows, tf.convert_to_tensor(kernel))
@@ -169,7 +176,8 @@ def of_rows(bank, layout):
             return tf.math.unsorted_segment_sum(upstream, expert, bank.shape[0] + 1)[:-1]
 
         def gradient(upstream):
-            return by_device(
+            return by_layout(
+                layout,
                 lambda: sums(upstream),
                 lambda: places.gather_up(upstream, layout.places, bank.shape[0]),
             )
@@ -178,16 +186,16 @@ def of_rows(bank, layout):
             table = tf.pad(bank, [[0, 1], [0, 0]])  # Row N is for rows of no expert.
             return tf.gather(table, loops.expert_of_row(layout.rows_per_expert, layout.num_rows))
 
-        return by_device(taken, lambda: places.spread(bank, layout.places)), gradient
+        return by_layout(layout, taken, lambda: places.spread(bank, layout.places)), gradient
 
     return call(tf.convert_to_tensor(bank))
 
 
 def _to_places(rows, layout):
-    return by_device(lambda: rows, lambda: places.arrange(rows, layout.places))
+    return by_layout(layout, lambda: rows, lambda: places.arrange(rows, layout.places))
 
 
 def _from_places(rows, layout):
-    rows = by_device(lambda: rows, lambda: places.restore(rows, layout.places))
+    rows = by_layout(layout, lambda: rows, lambda: places.restore(rows, layout.places))
     rows.set_shape([tf.get_static_value(layout.num_rows), rows.shape[-1]])
     return rows

@@ -19,7 +19,7 @@ from keras_moe.arguments import check_size
 from keras_moe.contract.inputs import as_input, as_numbers
 from keras_moe.dispatch import grouped_products, loops, one_example
 from keras_moe.dispatch.blocks import block_by_block
-from keras_moe.dispatch.devices import by_device, captured
+from keras_moe.dispatch.devices import captured
 from keras_moe.dispatch.recomputation import recomputed, recomputing
 from keras_moe.dispatch.vectorization import matmul_each
 from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
@@ -227,8 +227,8 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         def in_places(*arguments):
             return self._feed_forward(*captured(arguments), layout=captured(layout))
 
-        return lambda *arguments: by_device(
-            lambda: in_one_loop(*arguments), lambda: in_places(*arguments)
+        return lambda *arguments: grouped_products.by_layout(
+            layout, lambda: in_one_loop(*arguments), lambda: in_places(*arguments)
         )
 
     def _feed_forward(self, rows, *parameters, layout=None, product=_product):
