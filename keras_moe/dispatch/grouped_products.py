@@ -34,8 +34,7 @@ class Layout(NamedTuple):
     Attributes:
         rows_per_expert: int32 [N]. Rows behind those belong to no expert.
         num_rows: M.
-        places: `Places`, on GPUs; `None` where only a CPU was meant when the rows were laid out, and
-            so is now.
+        places: `Places`, on GPUs; `None` where the rows were laid out for a CPU alone.
     """
 
     rows_per_expert: Any
