@@ -28,7 +28,7 @@ from keras_moe.dispatch.sorting import index_range
 # in the time that a byte takes, and twice as many numbers as bytes or half as many.
 _COPY = 256
 # What all places cost more where there are further blocks, as rows are divided between the bank and
-# the copied matrices, and put together again (H100: half of the time of the products).
+# the copied matrices, and put together again: an estimate by the bytes, not measured.
 _DIVIDED = 1.5
 # Places to choose from, in quarters of the mean. The largest number of rows is always among them.
 _QUARTERS = (4, 5, 6, 8, 12, 16, 32)

@@ -2,8 +2,7 @@
 
 They turn a loop into one graph, operation by operation: each then works on the values of all turns,
 stacked. Sorted rows don't stack, as experts have other numbers of rows in every turn. So what goes
-from expert to expert stands in the graph as one operation, the choice between the ways of CPUs and
-GPUs, which such a loop runs turn by turn.
+from expert to expert stands in the graph as one operation, which such a loop runs turn by turn.
 
 `pfor_converter` of an operation, where TensorFlow looks before it asks its own registry, is private
 (checked with TensorFlow 2.21); tests fail where it has changed.
