@@ -44,8 +44,10 @@ class BalancedGating(Gating):
         kept_scores = scores * ops.cast(chosen, scores.dtype)
         total = ops.sum(kept_scores, axis=-1, keepdims=True)
         gates = kept_scores / ops.where(total == 0, 1.0, total)
-        # Counted in floats, which a GPU adds up itself.
-        most = ops.max(ops.sum(ops.cast(chosen, scores.dtype), axis=-1), initial=1)
+        # Counted in floats, which a GPU adds up itself. At least 1, also of no examples, of which
+        # the largest count would be minus infinity.
+        counts = ops.sum(ops.cast(chosen, scores.dtype), axis=-1)
+        most = ops.max(ops.append(counts, ops.ones(1, scores.dtype)))
         most = largest_of_turns(ops.cast(most, "int32"))
         ordered = ops.where(ops.isnan(gates), -1.0, gates)  # NaN has no order.
         gates, index = top_k(ordered, scores.shape[-1] if self.static_shapes else most)

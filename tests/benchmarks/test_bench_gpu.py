@@ -21,13 +21,13 @@ def test_the_tables_hold_what_was_measured(tmp_path, capsys):
     ((case, found),) = outcomes.items()
     assert set(found) == {"dense", "keras_moe"}
     assert found["dense"].failure is found["keras_moe"].failure is None
-    # 4·128 rows through 64→128→64 are 2·2·512·64·128 operations, and backward twice as many.
-    assert case.operations == 3 * 16_777_216
+    # 4·512 rows through 64→128→64 are 2·2·2048·64·128 operations, and backward twice as many.
+    assert case.operations == 3 * 67_108_864
     middle = sorted(found["keras_moe"].seconds)[2]
     assert len(found["keras_moe"].seconds) == 5
     table = (tmp_path / "gpu.md").read_text()
     ratio = middle / sorted(found["dense"].seconds)[2]
-    expected = f"| keras_moe | {1000 * middle:.3g} ms | {ratio:.2f} | {50.331648e-6 / middle:.3g} |"
+    expected = f"| keras_moe | {1000 * middle:.3g} ms | {ratio:.2f} | {201.326592e-6 / middle:.3g} |"
     assert expected in table
     assert table.strip() == capsys.readouterr().out.strip()
     assert (tmp_path / "gpu.png").stat().st_size > 0
