@@ -1,7 +1,7 @@
-"""A hook of MkDocs: pages of the repository outside docs/ join the site, with links that work there.
+"""A hook of MkDocs: pages of the repository outside docs/ join the site, with links that work.
 
 In the repository a link leads from file to file, as its readers there need it. On the site the
-files of docs/ stand at the root, so each link is read as the repository's and written as the site's.
+files of docs/ stand at the root. So a link is read as the repository's, and written as the site's.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""What README, the guides and the reference show is true: their code runs and prints what it says."""
+"""What README, guides and reference show is true: their code runs and prints what it says."""
 
 import re
 
