@@ -66,5 +66,16 @@ def test_links_lead_to_files(page):
     assert [target for target in files if not (page.parent / target).exists()] == []
 
 
+def test_a_page_that_says_what_is_wrong_fails(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nx = 1\n```\n<!-- not run: no such name -->\n```python\ny\n```\n"
+        "```python\nprint(x)\n```\n\n```text\n2\n```\n"
+    )
+    assert [code.prints for code in pages.code(page)] == [None, "2\n"]
+    with pytest.raises(AssertionError, match="prints\n1"):
+        pages.run(page)
+
+
 def test_readme_is_short():
     assert len((pages.ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
