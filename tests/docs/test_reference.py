@@ -32,9 +32,11 @@ PAGES = {page: list(pages.names(page)) for page in pages.pages()}
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_has_one_place_and_an_example(name):
-    (page,) = [page for page, names in PAGES.items() if name in names]
+    places = [page for page, names in PAGES.items() if name in names]
+    assert len(places) == 1, f"`::: {name}` must stand on one page of docs/reference/"
     word = re.compile(rf"\b{name.rpartition('.')[2]}\b")
-    assert any(word.search(code.source) for code in pages.code(page))
+    examples = [code.source for code in pages.code(places[0])]
+    assert any(map(word.search, examples)), f"no code of {places[0].name} uses {name}"
 
 
 def test_the_reference_has_public_names_alone():
