@@ -133,9 +133,11 @@ def test_the_signatures_of_the_demo_agree(demo):
     same = served["score"](sentences=tf.constant([long, long[4000:]]))["log_probabilities"].numpy()
     assert same.shape == (2, 256)
     np.testing.assert_array_equal(same[0], same[1])
-    served["serving_default"](tokens=tf.ones([1, 256], tf.int32))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="A sequence is too long"):
-        served["serving_default"](tokens=tf.ones([1, 257], tf.int32))
+    answer = served["serving_default"](
+        tokens=tf.ones([2, 257], tf.int32), lengths=tf.constant([256, 257])
+    )
+    assert answer["status"].numpy().tolist() == [b"ok", b"`tokens` must have at most 256 ids"]
+    assert answer["probabilities"].shape == (2, 256, 300)
 
 
 @pytest.mark.parametrize("preset", ["MoE-32", "4xLSTM-512"])
