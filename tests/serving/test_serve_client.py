@@ -153,11 +153,9 @@ def test_many_callers_of_a_busy_server_all_get_an_answer(serve, client):
     behaviour = Behaviour(delay=0.02, at_once=2)
     with serve(behaviour) as address, futures.ThreadPoolExecutor(32) as callers:
         shared = client(address, "lm", timeout=60.0)
-        questions = [
-            callers.submit(shared.predict, "next_words", sentences=["a"]) for _ in range(32)
-        ]
-        for question in questions:
-            np.testing.assert_allclose(question.result()["probabilities"], [[0.75, 0.25]])
+        answers = callers.map(lambda word: shared.predict("next_words", sentences=[word]), "a" * 32)
+        for answer in answers:
+            np.testing.assert_allclose(answer["probabilities"], [[0.75, 0.25]])
     assert len(behaviour.requests) > 32  # Some have been sent away.
 
 
@@ -209,12 +207,17 @@ def free_port():
         return listening.getsockname()[1]
 
 
-@contextlib.contextmanager
-def tensorflow_serving(folder, log, *options):
-    """The real server, if there is one: its REST client and its gRPC client."""
+@pytest.fixture
+def model_server():
     program = shutil.which("tensorflow_model_server")
     if program is None:
         pytest.skip("tensorflow_model_server is not on the PATH: exports were not served by it")
+    return program
+
+
+@contextlib.contextmanager
+def tensorflow_serving(program, folder, log, *options):
+    """The real server: its REST client and its gRPC client."""
     ports = [free_port(), free_port()]
     command = [program, f"--rest_api_port={ports[0]}", f"--port={ports[1]}", *options]
     command += ["--model_name=lm", f"--model_base_path={folder}"]
@@ -252,7 +255,7 @@ def answers_become(expected, client, seconds=60, **request):
             time.sleep(0.5)
 
 
-def test_tensorflow_serving_answers_warms_up_and_changes_versions(tmp_path):
+def test_tensorflow_serving_answers_warms_up_and_changes_versions(model_server, tmp_path):
     model, folder = word_model(), tmp_path / "lm"
     tokens = np.array([[1, 2, 3], [4, 0, 0]], "int32")
 
@@ -267,9 +270,8 @@ def test_tensorflow_serving_answers_warms_up_and_changes_versions(tmp_path):
         )
         return model.predict(tokens, verbose=0)
 
-    if shutil.which("tensorflow_model_server"):
-        expected = export(seed=0)
-    with tensorflow_serving(folder, tmp_path / "log") as clients:
+    expected = export(seed=0)
+    with tensorflow_serving(model_server, folder, tmp_path / "log") as clients:
         for client in clients:
             answers_become(expected, client, tokens=tokens)
             with pytest.raises(ServerError):
@@ -280,14 +282,12 @@ def test_tensorflow_serving_answers_warms_up_and_changes_versions(tmp_path):
     assert "warmup" in (tmp_path / "log").read_text().lower()
 
 
-def test_tensorflow_serving_puts_requests_together(tmp_path):
+def test_tensorflow_serving_puts_requests_together(model_server, tmp_path):
     """By the files beside an export: callers at once, of different lengths, one of them hostile."""
     model, folder = word_model(), tmp_path / "lm"
     tokens = tf.TensorSpec([None, None], "int32", "tokens")
-    if shutil.which("tensorflow_model_server"):
-        signature = token_signature(model, [tokens])
-        signatures = {"serving_default": signature}
-        keras_moe.export_saved_model(model, folder, signatures=signatures, server_files=True)
+    signatures = {"serving_default": token_signature(model, [tokens])}
+    keras_moe.export_saved_model(model, folder, signatures=signatures, server_files=True)
     options = [
         "--enable_batching",
         f"--batching_parameters_file={folder / 'batching_parameters.txt'}",
@@ -300,7 +300,7 @@ def test_tensorflow_serving_puts_requests_together(tmp_path):
         lengths = np.array([row.shape[1]], "int32")
         return client.predict("serving_default", tokens=row, lengths=lengths)
 
-    with tensorflow_serving(folder, tmp_path / "log", *options) as clients:
+    with tensorflow_serving(model_server, folder, tmp_path / "log", *options) as clients:
         for client in clients:
             first = {"tokens": rows[0], "lengths": np.ones(1, "int32")}
             answers_become(model(rows[0]), client, **first)
