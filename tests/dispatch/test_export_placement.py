@@ -1,7 +1,5 @@
 """What a GPU would run of an export made where there is none, told by its graph."""
 
-import re
-
 import keras
 import pytest
 from helpers import EVERY_LAYER, WIDTH
@@ -87,11 +85,10 @@ def test_a_gpu_has_kernels_for_its_way_and_no_loop(exported):
     assert {operation for operation in operations if "While" in operation} == set()
 
 
-def test_the_way_of_cpus_is_there_and_would_be_found(exported):
+def test_a_cpu_has_its_own_way(exported):
     name, folder = exported
-    of_cpu = run_by(CPU, folder)
-    assert len(of_cpu) < len(run_by(GPU, folder))
-    if name == "noisy_top_k":
-        # What makes it fast on a CPU: a loop over experts, a plain product for a single row.
-        assert "StatelessWhile" in {node.op for node in of_cpu}
-        assert "SparseMatMul" in {node.op for node in of_cpu if gpu_kernel(node) is None}
+    operations = {node.op for node in run_by(CPU, folder)}
+    if name == "noisy_top_k":  # A loop over experts; a plain product for a single row.
+        assert operations >= {"StatelessWhile", "SparseMatMul"}
+    if name == "strictly_balanced":
+        assert "StatelessWhile" in operations
