@@ -92,6 +92,7 @@ def main(args):
         signatures=serving.signatures(model, lookup),
         track=[lookup],
         warm_up=serving.WARM_UP,
+        server_files=True,
     )
     print(f"wrote {exported}")
     prompts = vocabulary.decode(words["test"][:64:16, :6], lookup)

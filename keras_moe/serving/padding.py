@@ -44,15 +44,15 @@ def outputs_along(function, model, specs, tokens):
                 f"{len(_LENGTHS)} rows"
             )
     for i, (spec, token) in enumerate(zip(specs, tokens, strict=True)):
-        if token is None or spec.shape[1] is not None:
+        if token is None or token.lengths_name is None:
             continue
         padded = list(inputs)
         padded[i] = np.pad(inputs[i], [(0, 0), (0, _FURTHER)])
         for name, far in answers(padded).items():
             if far.ndim > 1 and far.shape[1] == near[name].shape[1] + _FURTHER:
                 along[name] = i
-                inside = np.arange(max(_LENGTHS)) < np.array(_LENGTHS)[:, None]
-                same = _same(near[name][inside], far[:, : max(_LENGTHS)][inside], epsilon)
+                inside = _inside()
+                same = _same(near[name][inside], far[:, : inside.shape[1]][inside], epsilon)
             else:
                 same = far.shape == near[name].shape and _same(near[name], far, epsilon)
             if not same:
@@ -65,15 +65,20 @@ def outputs_along(function, model, specs, tokens):
     return along
 
 
+def _inside():
+    """Which positions of the rows count."""
+    return np.arange(max(_LENGTHS)) < np.array(_LENGTHS)[:, None]
+
+
 def _random(rng, spec, token):
     """Values of an input for each of the rows."""
     number = len(_LENGTHS)
     shape = [number, *(size or max(_LENGTHS) for size in spec.shape[1:])]
     if token is not None:
-        width = shape[1]
         ids = rng.integers(min(1, token.vocabulary_size - 1), token.vocabulary_size, shape)
-        inside = np.arange(width) < np.minimum(_LENGTHS, width)[:, None]
-        return np.where(inside, ids, 0).astype(spec.dtype.as_numpy_dtype)
+        if token.lengths_name is not None:
+            ids *= _inside()
+        return ids.astype(spec.dtype.as_numpy_dtype)
     if spec.dtype.is_floating:
         return rng.normal(size=shape).astype(spec.dtype.as_numpy_dtype)
     return np.zeros(shape, spec.dtype.as_numpy_dtype)  # False, 0 or an empty string

@@ -4,7 +4,7 @@ import tensorflow as tf
 
 from keras_moe.serving.padding import outputs_along
 from keras_moe.serving.signatures import by_name, of_model, with_names
-from keras_moe.serving.token_inputs import OK, as_token_inputs, sizes_of_embeddings
+from keras_moe.serving.token_inputs import OK, as_token_inputs, beside, sizes_of_embeddings
 
 STATUS = "status"
 
@@ -43,13 +43,14 @@ def token_signature(model, input_signature=None, *, vocabulary_size=None, max_le
             number in a row.
         vocabulary_size: Ids are below it. Default: `model.vocabulary_size`, or the size that all
             `keras.layers.Embedding`s of the model have. A dict from names of inputs where they
-            differ.
+            differ; `None` in it for integers that are no ids.
         max_length: The most ids of a row, so that none takes all memory of a server; may be a dict,
             too.
 
     Returns:
         The function and its input signature, for `export_saved_model`. Of several inputs of ids
-        each has lengths of its own, `NAME_lengths`.
+        each has lengths of its own, `NAME_lengths`. One of a fixed width has none: there is nothing
+        to pad, and its ids are checked as they are.
 
     Raises:
         ValueError: If there are no ids among the inputs, or the size of their vocabulary is not
@@ -63,7 +64,7 @@ def token_signature(model, input_signature=None, *, vocabulary_size=None, max_le
     function = getattr(function, "python_function", function)
     specs = tf.nest.flatten(input_signature)
     tokens = as_token_inputs(specs, model, vocabulary_size, max_length)
-    places = [i for i, token in enumerate(tokens) if token is not None]
+    with_lengths = [token.lengths_name for token in tokens if token and token.lengths_name]
 
     def call(flat):
         outputs = by_name(function(*tf.nest.pack_sequence_as(input_signature, flat)))
@@ -76,13 +77,20 @@ def token_signature(model, input_signature=None, *, vocabulary_size=None, max_le
 
     along = outputs_along(call, model, specs, tokens)
 
-    def with_lengths(*arguments):
-        *inputs, lengths = arguments
-        flat, read, statuses = tf.nest.flatten(inputs), {}, []
-        with tf.control_dependencies([_one_per_row(flat[0], x) for x in (*flat[1:], *lengths)]):
-            for i, row_lengths in zip(places, lengths, strict=True):
-                flat[i], read[i], status = tokens[i].read(tf.identity(flat[i]), row_lengths)
-                statuses.append(status)
+    def signature(*arguments):
+        flat = tf.nest.flatten(arguments)
+        checks = [_one_per_row(flat[0], x) for x in flat[1:]]
+        flat, lengths = (
+            flat[: len(tokens)],
+            dict(zip(with_lengths, flat[len(tokens) :], strict=True)),
+        )
+        read, statuses = {}, []
+        with tf.control_dependencies(checks):
+            for i, token in enumerate(tokens):
+                if token is not None:
+                    ids = tf.identity(flat[i])
+                    flat[i], read[i], status = token.read(ids, lengths.get(token.lengths_name))
+                    statuses.append(status)
         status = _first_fault(statuses)
         answers = {STATUS: status}
         for name, output in call(flat).items():
@@ -92,8 +100,8 @@ def token_signature(model, input_signature=None, *, vocabulary_size=None, max_le
             answers[name] = _of_good_rows(output, status == OK)
         return answers
 
-    lengths = [tf.TensorSpec([None], tf.int32, tokens[i].lengths_name) for i in places]
-    return with_lengths, [*input_signature, lengths]
+    lengths = [tf.TensorSpec([None], tf.int32, name) for name in with_lengths]
+    return signature, [*input_signature, *lengths]
 
 
 def _of_any_length(model, input_signature):
@@ -124,7 +132,7 @@ def _first_fault(statuses):
 def _inside(output, lengths):
     """An output [B, L, ...] with zeros behind the end of each row."""
     inside = tf.sequence_mask(lengths, tf.shape(output)[1])
-    return tf.where(_beside(inside, output), output, tf.zeros_like(output))
+    return tf.where(beside(inside, output), output, tf.zeros_like(output))
 
 
 def _of_good_rows(output, is_good):
@@ -136,9 +144,4 @@ def _of_good_rows(output, is_good):
         nothing = tf.constant(-1 if dtype.min < 0 else dtype.max, dtype)
     else:
         nothing = tf.zeros([], dtype)
-    return tf.where(_beside(is_good, output), output, nothing)
-
-
-def _beside(mask, output):
-    """A mask of the first axes in the rank of an output."""
-    return mask[(..., *[None] * (output.shape.rank - mask.shape.rank))]
+    return tf.where(beside(is_good, output), output, nothing)

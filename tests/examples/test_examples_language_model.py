@@ -17,6 +17,7 @@ from helpers import assert_keeps_no_state
 
 from keras_moe import SparseMoE
 from keras_moe.models import LanguageModel
+from keras_moe.serving import server_files
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
@@ -109,7 +110,10 @@ def test_demo_draws_pictures(demo, name):
 def test_demo_queries_its_export_without_keras(demo):
     output, folder = demo
     assert re.search(r"^\d prompts, [\d,]+ probabilities: at most \d\.\de-\d\d ", output, re.M)
-    assert [path.name for path in (folder / "exported").iterdir()] == ["1"]
+    assert sorted(path.name for path in (folder / "exported").iterdir()) == [
+        "1",
+        *sorted(server_files.FILES),
+    ]
     served = tf.saved_model.load(folder / "exported" / "1")
     assert_keeps_no_state(served)
     answer = served.signatures["next_words"](sentences=tf.constant(["the", "we have the"]))

@@ -85,22 +85,27 @@ HOSTILE = {
 }
 
 
+@pytest.fixture(scope="module")
+def callers(served):
+    """32 requests, and their answers."""
+    requests = [request(1, 1 + i % 6, seed=i) for i in range(32)]
+    return requests, [served.expected(asked) for asked in requests]
+
+
 @pytest.mark.parametrize("name", HOSTILE)
-def test_one_hostile_row_of_32_is_told_so_and_31_get_their_answers(name, served):
+def test_one_hostile_row_of_32_is_told_so_and_31_get_their_answers(name, served, callers):
     ids, length, fault = HOSTILE[name]
     hostile = {"inputs": np.array([ids], "int32"), "lengths": np.array([length], "int32")}
-    requests = [request(1, 1 + i % 6, seed=i) for i in range(32)]
+    requests, expected = list(callers[0]), callers[1]
     requests[17] = hostile
     answers = batching_server.split(served.ask(batching_server.merged(requests)), requests)
-    for i, (asked, answer) in enumerate(zip(requests, answers, strict=True)):
+    for i, answer in enumerate(answers):
         if i == 17:
             assert answer["status"].tolist() == [fault]
             assert np.all(np.isnan(answer["outputs"]))
         else:
             assert answer["status"].tolist() == [b"ok"]
-            np.testing.assert_allclose(
-                answer["outputs"], served.expected(asked), rtol=1e-5, atol=1e-5
-            )
+            np.testing.assert_allclose(answer["outputs"], expected[i], rtol=1e-5, atol=1e-5)
     assert served.ask(hostile)["status"].tolist() == [fault]
 
 
@@ -142,6 +147,7 @@ def test_no_error_tells_what_was_asked(changed, served):
 
 def answers(signature, **inputs):
     function, specs = signature
+    assert sorted(spec.name for spec in tf.nest.flatten(specs)) == sorted(inputs)
     flat = [tf.constant(inputs[spec.name], spec.dtype) for spec in tf.nest.flatten(specs)]
     outputs = tf.function(function, autograph=False)(*tf.nest.pack_sequence_as(specs, flat))
     return {name: output.numpy() for name, output in outputs.items()}
@@ -185,7 +191,7 @@ def two_inputs():
     tags = keras.Input((None,), dtype="uint8", name="tags")
     style = keras.Input((3,), name="style")
     pool = keras.layers.GlobalAveragePooling1D()
-    x = pool(keras_moe.SparseMoE(4, 5, k=2)(keras.layers.Embedding(9, 3, mask_zero=True)(words)))
+    x = pool(keras.layers.Embedding(9, 3, mask_zero=True)(words))
     y = keras.layers.Embedding(5, 3, mask_zero=True)(tags)
     return keras.Model({"words": words, "tags": tags, "style": style}, {"x": x + style, "y": y})
 
@@ -207,7 +213,7 @@ def test_each_input_of_ids_has_lengths_of_its_own():
     assert [fault.split(b" ")[0] for fault in faults] == [b"`tags_lengths`", b"`words_lengths`"]
 
 
-def test_a_model_of_one_width_keeps_it():
+def test_what_has_one_width_needs_no_lengths():
     model = keras.Sequential(
         [
             keras.Input((4,), dtype="int32", name="tokens"),
@@ -216,9 +222,40 @@ def test_a_model_of_one_width_keeps_it():
             keras.layers.Dense(2),
         ]
     )
-    answer = answers(token_signature(model), tokens=[[1, 2, 7, 7], [1, 2, 3, 9]], lengths=[2, 4])
-    np.testing.assert_allclose(answer["outputs"][:1], model(np.array([[1, 2, 0, 0]])), rtol=1e-6)
+    tokens = np.array([[1, 2, 7, 0], [1, 2, 3, 9], [0, 0, 0, 0]], "int32")
+    answer = answers(token_signature(model), tokens=tokens)
+    assert [status == b"ok" for status in answer["status"]] == [True, False, True]
+    np.testing.assert_allclose(answer["outputs"][::2], model(tokens[::2]), rtol=1e-5, atol=1e-6)
     assert np.all(np.isnan(answer["outputs"][1]))
+
+
+def test_ids_of_other_shapes_are_checked_where_their_number_is_known():
+    def describe(tokens, group, count):
+        return {"sum": tf.reduce_sum(tokens, axis=1) + group + count[:, 0]}
+
+    group = tf.TensorSpec([None], "int32", "group")
+    count = tf.TensorSpec([None, 1], "int32", "count")
+    sizes = {"tokens": 9, "group": 3, "count": None}
+    signature = token_signature(describe, [TOKENS, group, count], vocabulary_size=sizes)
+    given = {"tokens": [[1, 8]] * 3, "group": [2, 3, 0], "count": [[70], [70], [70]]}
+    answer = answers(signature, **given, lengths=[1, 1, 2])
+    assert answer["status"].tolist() == [b"ok", b"`group` must be ids from 0 to 2", b"ok"]
+    assert answer["sum"].tolist() == [1 + 2 + 70, -1, 1 + 8 + 70]
+
+
+def test_a_translation_model_takes_lengths_of_both_its_inputs():
+    model = keras_moe.models.TranslationModel(20, 4, lstm_units=4, num_lstms=(2, 1))
+    model.build((None, None))
+    assign_random_weights(model, np.random.default_rng(0))
+    specs = [tf.TensorSpec([None, None], "int32", name) for name in ("source", "target")]
+    signature = token_signature(model, [specs], max_length={"source": 5})
+    source, target = np.array([[3, 4, 7], [3, 7, 7]]), np.array([[2, 5], [2, 9]])
+    answer = answers(
+        signature, source=source, target=target, source_lengths=[3, 1], target_lengths=[2, 1]
+    )
+    expected = model((source[1:, :1], target[1:, :1]))[0]
+    np.testing.assert_allclose(answer["outputs"][1, :1], expected, rtol=1e-5, atol=1e-5)
+    assert not np.any(answer["outputs"][1, 1:])
 
 
 @pytest.mark.parametrize(
@@ -245,6 +282,28 @@ def test_what_is_refused(model, arguments, message):
         arguments = {"input_signature": [TOKENS], "vocabulary_size": 9}
     with pytest.raises(ValueError, match=message):
         token_signature(model, **arguments)
+
+
+def test_weights_in_bfloat16_are_read_through_a_tf_function(tmp_path):
+    model = keras.Sequential(
+        [
+            keras.layers.Embedding(VOCABULARY, 8, mask_zero=True),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(2, activation="softmax"),
+        ]
+    )
+    in_graph = tf.function(lambda tokens: {"probabilities": model(tokens)})
+    expected = in_graph(tf.constant([[1, 2]]))["probabilities"]
+    signature = token_signature(in_graph, [TOKENS], vocabulary_size=VOCABULARY)
+    path = keras_moe.export_saved_model(
+        model, tmp_path, signatures={"serving_default": signature}, dtype="bfloat16"
+    )
+    served = tf.saved_model.load(path)
+    assert "bfloat16" in {v.dtype.name for v in served.stored}
+    answer = served.signatures["serving_default"](
+        tokens=tf.constant([[1, 2, 7]]), lengths=tf.constant([2])
+    )
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=0.02)
 
 
 def test_lengths_are_for_the_own_call_of_a_model(tmp_path):
