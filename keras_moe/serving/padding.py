@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_moe.serving.internals import layers_within
 
 _LENGTHS = (1, 2, 3, 3)  # of the rows that it is tried with
-_FURTHER = 2
+_WIDTH, _FURTHER = max(_LENGTHS), 2
 
 
 def outputs_along(function, model, specs, tokens):
@@ -49,16 +49,14 @@ def outputs_along(function, model, specs, tokens):
         padded = list(inputs)
         padded[i] = np.pad(inputs[i], [(0, 0), (0, _FURTHER)])
         for name, far in answers(padded).items():
-            if far.ndim > 1 and far.shape[1] == near[name].shape[1] + _FURTHER:
+            close, inside = near[name], _inside()
+            if far.ndim > 1 and (close.shape[1], far.shape[1]) == (_WIDTH, _WIDTH + _FURTHER):
                 along[name] = i
-                inside = _inside()
-                same = _same(near[name][inside], far[:, : inside.shape[1]][inside], epsilon)
-            else:
-                same = far.shape == near[name].shape and _same(near[name], far, epsilon)
-            if not same:
+                close, far = close[inside], far[:, :_WIDTH][inside]
+            if close.shape != far.shape or not _same(close, far, epsilon):
                 raise ValueError(
-                    f"Ids are padded with 0 up to the longest row of a batch, and the answer to a "
-                    f"row must not depend on it: have layers mask it, as by `mask_zero=True` of "
+                    "Ids are padded with 0 up to the longest row of a batch, and the answer to a "
+                    "row must not depend on it: have layers mask it, as by `mask_zero=True` of "
                     f"`keras.layers.Embedding`. Received: {model!r}, whose {name!r} does depend "
                     f"on how far {spec.name!r} is padded"
                 )
@@ -67,13 +65,13 @@ def outputs_along(function, model, specs, tokens):
 
 def _inside():
     """Which positions of the rows count."""
-    return np.arange(max(_LENGTHS)) < np.array(_LENGTHS)[:, None]
+    return np.arange(_WIDTH) < np.array(_LENGTHS)[:, None]
 
 
 def _random(rng, spec, token):
     """Values of an input for each of the rows."""
     number = len(_LENGTHS)
-    shape = [number, *(size or max(_LENGTHS) for size in spec.shape[1:])]
+    shape = [number, *(size or _WIDTH for size in spec.shape[1:])]
     if token is not None:
         ids = rng.integers(min(1, token.vocabulary_size - 1), token.vocabulary_size, shape)
         if token.lengths_name is not None:
@@ -87,8 +85,9 @@ def _random(rng, spec, token):
 def _precision_of(model):
     """The largest distance of neighbours near 1 among the types that a model computes in."""
     layers = layers_within(model) if isinstance(model, keras.layers.Layer) else []
-    dtypes = {layer.compute_dtype for layer in layers} & {"bfloat16", "float16"} or {"float32"}
-    return max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes)
+    dtypes = {layer.compute_dtype for layer in layers} | {keras.config.dtype_policy().compute_dtype}
+    narrow = dtypes & {"bfloat16", "float16"} or {"float32"}
+    return max(float(ml_dtypes.finfo(dtype).eps) for dtype in narrow)
 
 
 def _same(a, b, epsilon):

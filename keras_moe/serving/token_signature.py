@@ -80,10 +80,8 @@ def token_signature(model, input_signature=None, *, vocabulary_size=None, max_le
     def signature(*arguments):
         flat = tf.nest.flatten(arguments)
         checks = [_one_per_row(flat[0], x) for x in flat[1:]]
-        flat, lengths = (
-            flat[: len(tokens)],
-            dict(zip(with_lengths, flat[len(tokens) :], strict=True)),
-        )
+        flat, lengths = flat[: len(tokens)], flat[len(tokens) :]
+        lengths = dict(zip(with_lengths, lengths, strict=True))
         read, statuses = {}, []
         with tf.control_dependencies(checks):
             for i, token in enumerate(tokens):

@@ -273,6 +273,7 @@ def test_a_translation_model_takes_lengths_of_both_its_inputs():
         (lambda: lambda tokens: {"status": tokens}, {}, "No output may be called 'status'"),
         (lambda: lambda tokens: tf.reduce_sum(tokens), {}, "an entry for each row.*shape ()"),
         (lambda: lambda tokens: tokens[0], {}, "an entry for each row of ids"),
+        (lambda: lambda tokens: tokens[:, 1:], {}, "'outputs' does depend on how far 'tokens'"),
         (lambda: lambda tokens: tokens - tf.shape(tokens)[1], {}, "'outputs' does depend on how"),
     ],
 )
