@@ -1,0 +1,368 @@
+"""`upcycle_model`: mixtures in the place of dense layers anywhere in a model."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import WIDTH
+from keras.ops import convert_to_numpy as numpy
+from trained_layers import X, arrays, assert_same, run_example
+
+from keras_moe import SparseMoE, dense_pairs, upcycle_model
+
+layers = keras.layers
+
+
+def feed_forward(activation="gelu", units=8, **kwargs):
+    return [layers.Dense(units, activation, **kwargs), layers.Dense(WIDTH, **kwargs)]
+
+
+@keras.saving.register_keras_serializable("tests")
+class Block(layers.Layer):
+    """As in many tutorials: a `Sequential` inside a block."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        up, down = feed_forward(units=units)
+        self.ffn = keras.Sequential([up, layers.Dropout(0.1), down])
+
+    def build(self, input_shape):
+        self.ffn.build(input_shape)
+
+    def call(self, x):
+        return x + self.ffn(x)
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.saving.register_keras_serializable("tests")
+class Held(keras.Model):
+    """Layers in a list in a dict, one of them held twice, and blocks."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = {"ffn": feed_forward("relu")}
+        self.again = self.parts["ffn"][0]
+        self.blocks = (Block(5), Block(7))
+
+    def call(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x + self.parts["ffn"][1](self.again(x))
+
+
+class Plain(keras.Model):
+    """Without a configuration: Keras can't write down a layer as an argument."""
+
+    def __init__(self, last, then=None):
+        super().__init__()
+        self.up, self.down = feed_forward("relu", units=WIDTH)
+        self.last, self.then = last, then or (lambda hidden, down: down(hidden))
+
+    def call(self, x):
+        return self.last(self.then(self.up(x), self.down))
+
+
+class OwnGraph(keras.Model):
+    """A graph of a class of its own, as the models of keras-hub are."""
+
+    def __init__(self, **kwargs):
+        inputs = keras.Input((WIDTH,))
+        self.up, self.down = feed_forward()
+        super().__init__(inputs, self.down(self.up(inputs)), **kwargs)
+
+    def get_config(self):
+        return {"name": self.name}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def sequential():
+    return keras.Sequential(
+        [keras.Input((WIDTH,)), *feed_forward(), layers.Dense(7, "relu"), layers.Dense(1)],
+        name="mlp",
+    )
+
+
+def functional():
+    """A residual, an activation layer, a block called twice, models inside, two outputs."""
+    inputs = keras.Input((WIDTH,), name="inputs")
+    hidden = layers.Dropout(0.1)(layers.LeakyReLU(0.1)(layers.Dense(9)(inputs)))
+    y = inputs + layers.Dense(WIDTH)(hidden)
+    block = Block(5, name="block")
+    y = block(block(y))
+    inner = keras.Input((WIDTH,))
+    y = keras.Model(inner, keras.Sequential(feed_forward("tanh"))(inner), name="inner")(y)
+    return keras.Model(inputs, {"y": y, "head": layers.Dense(2)(y)}, name="functional")
+
+
+def held():
+    return called(Held(name="held"))
+
+
+def called(model):
+    model(X)
+    return model
+
+
+def shaken(model):
+    """The model with weights that show what it computes, biases too."""
+    rng = np.random.default_rng(1)
+    for weight in model.weights:
+        weight.assign(0.5 * rng.normal(size=weight.shape))
+    return model
+
+
+def assert_computes(model, expected, tolerance=1e-5):
+    flat = zip(keras.tree.flatten(model(X)), keras.tree.flatten(expected), strict=True)
+    for y, before in flat:
+        np.testing.assert_allclose(y, before, rtol=tolerance, atol=tolerance)
+
+
+def mixtures(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, SparseMoE)]
+
+
+@pytest.mark.parametrize(
+    ("make", "number"),
+    [(sequential, 2), (functional, 3), (held, 3)],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_a_whole_model_computes_what_it_did_and_can_be_saved(make, number, tmp_path):
+    model = shaken(make())
+    pairs, before, expected = dense_pairs(model), arrays(model), model(X)
+    assert len(pairs) == number
+    upcycled = upcycle_model(model, pairs, 4, k=2, seed=0)
+    assert type(upcycled).__name__ == type(model).__name__ and isinstance(upcycled, type(model))
+    assert upcycled.name == model.name
+    assert_computes(upcycled, expected)
+    names = {layer.name for layer in mixtures(upcycled)}
+    assert names == {"moe", *(f"moe_{i}" for i in range(1, number))}
+    # The old one is as it was, and shares no weight with the new one.
+    assert_same(arrays(model), before)
+    assert not {id(w) for w in model.weights} & {id(w) for w in upcycled.weights}
+    # A trained mixture comes back from a file, and no expert is as the others.
+    for moe in mixtures(upcycled):
+        for weight in moe.weights:
+            weight.assign(weight + np.random.default_rng(2).normal(size=weight.shape))
+    expected = upcycled(X)
+    upcycled.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded, type(model))
+    assert_computes(loaded, expected, 0)
+
+
+def test_some_of_the_pairs_can_be_chosen_and_the_others_later():
+    model = shaken(held())
+    pairs, expected = dense_pairs(model), model(X)
+    once = upcycle_model(model, pairs[::2], 4, k=2)
+    assert len(mixtures(once)) == 2
+    (left,) = dense_pairs(once)
+    assert [layer.units for layer in left] == [layer.units for layer in pairs[1]]
+    twice = upcycle_model(once, [left], 2, k=1, name="late")
+    assert_computes(twice, expected)
+    # In the order of the weights, which that of an optimizer's state follows, nothing has moved.
+    assert [layer.name for layer in mixtures(twice)] == [
+        {id(pairs[0][0]): "moe", id(pairs[1][0]): "late", id(pairs[2][0]): "moe_1"}[id(layer)]
+        for layer in model._flatten_layers()
+        if any(layer is pair[0] for pair in pairs)
+    ]
+    copied = type(twice).from_config(twice.get_config())
+    assert [layer.num_experts for layer in mixtures(copied)] == [
+        layer.num_experts for layer in mixtures(twice)
+    ]
+
+
+def test_it_trains_on_and_tells_the_experts_apart():
+    model = shaken(held())
+    model.compile("adam", lambda y, y_pred: keras.ops.mean((y - y_pred) ** 2))
+    upcycled = upcycle_model(model, dense_pairs(model)[:1], 4, k=2, seed=0)
+    assert model.compiled and not upcycled.compiled
+    upcycled.compile(keras.optimizers.Adam(0.01), "mse")
+    logs = upcycled.fit(X, np.sin(X), epochs=6, verbose=0).history
+    assert logs["loss"][-1] < 0.9 * logs["loss"][0]
+    assert "moe/cv_load" in logs
+    (moe,) = mixtures(upcycled)
+    # Though the model's `call` has no argument `training`, there was noise.
+    kernels = numpy(moe.experts.kernels[0])
+    assert np.all(np.abs(kernels[1:] - kernels[0]).max(axis=(1, 2)) > 1e-3)
+
+
+def test_one_expert_and_shared_experts_change_nothing_at_first():
+    model = shaken(sequential())
+    pairs, expected = dense_pairs(model), model(X)
+    # One expert of 4 with a gate of 1/4; beside it shared ones, which begin at zero.
+    assert_computes(upcycle_model(model, pairs, 4, k=1, num_shared_experts=2), expected)
+    assert_computes(upcycle_model(model, pairs, 4, gating="softmax"), expected)
+
+
+def test_frozen_layers_and_dtypes_carry_over():
+    model = shaken(functional())
+    model.get_layer("block").trainable = False
+    model.get_layer("inner").layers[-1].layers[0].trainable = False
+    model.get_layer("inner").layers[-1].layers[1].trainable = False
+    upcycled = upcycle_model(model, dense_pairs(model), 4, k=2)
+    assert upcycled.get_layer("block").trainable_weights == []
+    first, _, last = sorted(mixtures(upcycled), key=lambda moe: moe.name)
+    assert first.experts.trainable and not last.experts.trainable and last.gating.trainable
+
+    mixed = shaken(keras.Sequential([keras.Input((WIDTH,)), *feed_forward(dtype="mixed_bfloat16")]))
+    upcycled = upcycle_model(mixed, dense_pairs(mixed), 4, k=2)
+    assert mixtures(upcycled)[0].dtype_policy.name == "mixed_bfloat16"
+    assert_computes(upcycled, mixed(X), 1e-2)
+    mixed.trainable = False
+    assert upcycle_model(mixed, dense_pairs(mixed), 4, k=2).trainable_weights == []
+
+
+def test_what_a_layer_has_beside_its_weights_is_copied():
+    words = layers.StringLookup(vocabulary=["a", "b"])
+    normalization = layers.Normalization()
+    normalization.adapt(3 * X + 1)
+    model = keras.Sequential([keras.Input((WIDTH,)), normalization, *feed_forward()])
+    assert_computes(upcycle_model(model, dense_pairs(model), 4, k=2), model(X))
+    inputs = keras.Input((None,), dtype="string")
+    y = layers.Embedding(4, WIDTH)(words(inputs))
+    model = keras.Model(inputs, keras.Sequential(feed_forward())(y))
+    x = np.array([["a", "b", "c"]])
+    upcycled = upcycle_model(model, dense_pairs(model), 4, k=2, x=keras.ops.convert_to_tensor(x))
+    np.testing.assert_allclose(
+        upcycled(keras.ops.convert_to_tensor(x)), model(keras.ops.convert_to_tensor(x)), atol=1e-6
+    )
+
+
+def test_padding_does_not_keep_a_model_from_being_compared():
+    inputs = keras.Input((None,), dtype="int32")
+    y = layers.Embedding(5, WIDTH, mask_zero=True)(inputs)
+    for layer in feed_forward():
+        y = layer(y)
+    model = keras.Model(inputs, layers.GlobalAveragePooling1D()(y))
+    upcycled = upcycle_model(model, dense_pairs(model), 4, k=2)
+    x = np.array([[1, 4, 0, 0]])
+    np.testing.assert_allclose(upcycled(x), model(x), atol=1e-6)
+
+
+def test_a_model_that_cannot_be_copied_can_be_changed_in_place():
+    model = called(Plain(layers.Dense(WIDTH)))
+    pairs, expected = dense_pairs(model), model(X)
+    with pytest.raises(ValueError, match="copy of Plain.*cannot be made.*`in_place=True`"):
+        upcycle_model(model, pairs, 4, k=2)
+    assert upcycle_model(model, pairs, 4, k=2, in_place=True) is model
+    assert_computes(model, expected)
+    assert isinstance(model.up, SparseMoE) and isinstance(model.down, layers.Identity)
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda hidden, down: down(keras.ops.silu(hidden)),
+        lambda hidden, down: down(hidden) + hidden,
+        lambda hidden, down: down(keras.ops.concatenate([hidden[:, 3:], hidden[:, :3]], axis=-1)),
+    ],
+    ids=["an activation between", "the hidden layer used twice", "another order between"],
+)
+def test_a_model_that_would_compute_something_else_is_refused_and_left_as_it_was(then):
+    model = shaken(called(Plain(layers.Dense(2), then)))
+    parts, expected = (model.up, model.down), model(X)
+    with pytest.raises(ValueError, match="outputs of the model would change.*off by up to"):
+        upcycle_model(model, dense_pairs(model), 4, k=2, in_place=True)
+    assert (model.up, model.down) == parts and type(model) is Plain
+    assert_computes(model, expected, 0)
+
+
+def shared_weight():
+    """Two layers in a graph, one of which holds the other."""
+
+    class Tied(layers.Layer):
+        def __init__(self, embedding, **kwargs):
+            super().__init__(**kwargs)
+            self.embedding = embedding
+
+        def call(self, x):
+            return keras.ops.matmul(x, keras.ops.transpose(self.embedding.embeddings))
+
+        def get_config(self):
+            embedding = keras.saving.serialize_keras_object(self.embedding)
+            return {**super().get_config(), "embedding": embedding}
+
+        @classmethod
+        def from_config(cls, config):
+            embedding = keras.saving.deserialize_keras_object(config.pop("embedding"))
+            return cls(embedding, **config)
+
+    embedding = layers.Embedding(5, WIDTH)
+    inputs = keras.Input((3,), dtype="int32")
+    y = embedding(inputs)
+    for layer in feed_forward():
+        y = layer(y)
+    return keras.Model(inputs, Tied(embedding)(y))
+
+
+@pytest.mark.parametrize(
+    ("make", "choose", "options", "message"),
+    [
+        (lambda: keras.Sequential(feed_forward()), list, {}, "must be a Keras model that is built"),
+        (sequential, lambda pairs: [], {}, "at least one. Received: \\[\\]"),
+        (sequential, lambda pairs: pairs[0], {}, "list of chains of layers"),
+        (sequential, lambda pairs: [pairs[0], pairs[0]], {}, "in one chain.*twice: \\['dense"),
+        (sequential, lambda pairs: [pairs[0][::-1]], {}, "must be linear.*'gelu'"),
+        (sequential, lambda pairs: dense_pairs(sequential()), {}, "inside the model 'mlp'"),
+        (sequential, list, {"in_place": True}, "cannot be changed in place"),
+        (sequential, list, {"activation": "relu"}, "leave them out.*activation"),
+        (sequential, list, {"k": 5}, "`k`.*k=5, num_experts=4"),
+        (OwnGraph, list, {}, "where no other can be put.*class of its own"),
+        (shared_weight, list, {}, "hold one another's weights"),
+        (
+            lambda: keras.Model(
+                i := keras.Input((WIDTH,)),
+                layers.Dense(2)(layers.Dense(3, "relu")(i)) + 0 * i[:, :2],
+            ),
+            lambda pairs: pairs,
+            {"x": np.zeros((2, 3, WIDTH + 1), "float32")},
+            "(?s)expected",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_said(make, choose, options, message):
+    model = make()
+    pairs = choose(dense_pairs(model)) if model.built else []
+    with pytest.raises(ValueError, match=message):
+        upcycle_model(model, pairs, 4, **options)
+
+
+def test_only_pairs_that_fit_are_found():
+    model = keras.Sequential(
+        [
+            keras.Input((WIDTH,)),
+            layers.Dense(5),  # Linear and without an activation behind it.
+            layers.Dense(8),
+            layers.ReLU(),
+            layers.Dropout(0.1),
+            layers.Dense(4, name="fits"),
+            layers.Dense(8, "relu"),
+            layers.BatchNormalization(),  # Its weights come between.
+            layers.Dense(4),
+            layers.Dense(8, "relu"),
+            layers.Dense(4, use_bias=False),  # The other has one.
+            layers.Dense(8, "relu"),
+            layers.Dense(4, "softmax"),
+        ]
+    )
+    assert [[type(layer).__name__ for layer in pair] for pair in dense_pairs(model)] == [
+        ["Dense", "ReLU", "Dense"]
+    ]
+    assert dense_pairs(model)[0][-1].name == "fits"
+    with pytest.raises(ValueError, match="built.*Received: <Sequential"):
+        dense_pairs(keras.Sequential(feed_forward()))
+
+
+def test_the_examples_run(capsys):
+    model = shaken(held())
+    expected = model(X)
+    upcycled = run_example(upcycle_model, model)
+    assert len(mixtures(upcycled)) == 1
+    assert_computes(upcycled, expected)
+    run_example(dense_pairs, model)
+    assert len(capsys.readouterr().out.splitlines()) == 3
