@@ -15,8 +15,8 @@ from keras.src.models.functional import Functional
 
 
 def is_graph(layer):
-    """Whether a layer is a model of layers that call each other, of no class of the user's own."""
-    return type(layer) in (Functional, keras.Sequential)
+    """Whether a layer is a model that `keras.models.clone_model` makes again, of the same class."""
+    return type(layer) is keras.Sequential or type(layer).__init__ is Functional.__init__
 
 
 def in_graph(model):
@@ -71,12 +71,14 @@ def set_class(layer, kind):
     object.__setattr__(layer, "__class__", kind)
 
 
-def tell_of_training(model):
-    """Has `fit` say to the layers of a model that it trains, though its `call` has no `training`.
+def hears_of_training(model):
+    """Whether `fit` tells a model that it trains; by default those whose `call` has `training`."""
+    return model._call_has_training_arg
 
-    Keras would call the model as for a prediction; mixtures would have no noise.
-    """
-    model._call_has_training_arg = True
+
+def tell_of_training(model, tell=True):
+    """Has `fit` tell a model that it trains, and thereby the layers inside, or not."""
+    model._call_has_training_arg = tell
 
 
 @functools.cache

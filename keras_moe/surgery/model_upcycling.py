@@ -48,7 +48,7 @@ def upcycle_model(model, pairs, num_experts, k=4, *, x=None, in_place=False, **k
             no `get_config`, or whose layers hold each other's weights. Not for models of the
             Functional API and `Sequential` ones, which have to be built again.
         **kwargs: Other keyword arguments of `SparseMoE`. The mixtures' names are `name`, by default
-            "moe", followed by their number but for the first.
+            "moe", followed by their number but for the first; of `seed` each has the next one.
 
     Returns:
         A model of the same class and name. It is not compiled, and shares nothing with `model`
@@ -65,9 +65,14 @@ def upcycle_model(model, pairs, num_experts, k=4, *, x=None, in_place=False, **k
     batch = Batch(model, x)
     names = _names(model, kwargs.pop("name", None) or "moe", len(pairs))
     new = []
-    for name, (first, *rest) in zip(names, pairs, strict=True):
-        new.append((first, _mixture([first, *rest], num_experts, k, name=name, **kwargs)))
-        new += [(layer, keras.layers.Identity(name=layer.name)) for layer in rest]
+    for i, (first, *rest) in enumerate(pairs):
+        options = {**kwargs, "name": names[i]}
+        if kwargs.get("seed") is not None:
+            options["seed"] = kwargs["seed"] + i  # Else all would draw the same noise.
+        new.append((first, _mixture([first, *rest], num_experts, k, **options)))
+        for layer in rest:
+            dtype = layer.dtype_policy.name  # Keras couldn't write down the policy itself.
+            new.append((layer, keras.layers.Identity(name=layer.name, dtype=dtype)))
 
     def check(result):
         problem = batch.difference(result)

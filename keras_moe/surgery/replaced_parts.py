@@ -66,7 +66,7 @@ def declare(layer, paths):
     else:
         held_layers.set_class(layer, _with_replaced_parts(type(layer)))
     layer._replaced_paths = tuple(paths)
-    held_layers.tell_of_training(layer)
+    held_layers.tell_of_training(layer)  # Without noise, experts that are equal would stay so.
     return layer
 
 

@@ -105,6 +105,8 @@ class _Replacement:
             layer = self._copied(layer)
         paths = []
         self._change(layer, (), paths, set())
+        told = held_layers.hears_of_training(layer)
+        self.changes.append((held_layers.tell_of_training, layer, told))
         self.changes.append((held_layers.set_class, layer, type(layer)))
         return declare(layer, paths)
 

@@ -64,6 +64,14 @@ class Plain(keras.Model):
         return self.last(self.then(self.up(x), self.down))
 
 
+@keras.saving.register_keras_serializable("tests")
+class OwnStep(keras.Model):
+    """A functional model with a step of its own."""
+
+    def train_step(self, data):
+        return super().train_step(data)
+
+
 class OwnGraph(keras.Model):
     """A graph of a class of its own, as the models of keras-hub are."""
 
@@ -96,7 +104,7 @@ def functional():
     y = block(block(y))
     inner = keras.Input((WIDTH,))
     y = keras.Model(inner, keras.Sequential(feed_forward("tanh"))(inner), name="inner")(y)
-    return keras.Model(inputs, {"y": y, "head": layers.Dense(2)(y)}, name="functional")
+    return OwnStep(inputs, {"y": y, "head": layers.Dense(2)(y)}, name="functional")
 
 
 def held():
@@ -141,6 +149,7 @@ def test_a_whole_model_computes_what_it_did_and_can_be_saved(make, number, tmp_p
     assert_computes(upcycled, expected)
     names = {layer.name for layer in mixtures(upcycled)}
     assert names == {"moe", *(f"moe_{i}" for i in range(1, number))}
+    assert {layer.gating.seed for layer in mixtures(upcycled)} == set(range(number))
     # The old one is as it was, and shares no weight with the new one.
     assert_same(arrays(model), before)
     assert not {id(w) for w in model.weights} & {id(w) for w in upcycled.weights}
@@ -212,6 +221,7 @@ def test_frozen_layers_and_dtypes_carry_over():
     mixed = shaken(keras.Sequential([keras.Input((WIDTH,)), *feed_forward(dtype="mixed_bfloat16")]))
     upcycled = upcycle_model(mixed, dense_pairs(mixed), 4, k=2)
     assert mixtures(upcycled)[0].dtype_policy.name == "mixed_bfloat16"
+    assert upcycled(X).dtype == mixed(X).dtype  # Of what stands behind the mixture, too.
     assert_computes(upcycled, mixed(X), 1e-2)
     mixed.trainable = False
     assert upcycle_model(mixed, dense_pairs(mixed), 4, k=2).trainable_weights == []
