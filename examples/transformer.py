@@ -47,7 +47,13 @@ def parse_arguments(arguments=None):
         ("output", ROOT / "results" / "transformer", "folder for the picture"),
     )
     return experiment.parse_arguments(
-        __doc__, options, arguments, learning_rate=0.005, words_per_batch=8192
+        __doc__,
+        options,
+        arguments,
+        words_per_batch=2048,
+        epochs=1,
+        learning_rate=0.008,
+        evaluations=4,
     )
 
 

@@ -186,18 +186,22 @@ def test_some_of_the_pairs_can_be_chosen_and_the_others_later():
 
 
 def test_it_trains_on_and_tells_the_experts_apart():
-    model = shaken(held())
-    model.compile("adam", lambda y, y_pred: keras.ops.mean((y - y_pred) ** 2))
-    upcycled = upcycle_model(model, dense_pairs(model)[:1], 4, k=2, seed=0)
-    assert model.compiled and not upcycled.compiled
-    upcycled.compile(keras.optimizers.Adam(0.01), "mse")
-    logs = upcycled.fit(X, np.sin(X), epochs=6, verbose=0).history
+    model = shaken(called(Plain(layers.Dense(WIDTH))))
+    upcycle_model(model, dense_pairs(model), 4, k=2, seed=0, in_place=True)
+    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    logs = model.fit(X, np.sin(X), epochs=6, verbose=0).history
     assert logs["loss"][-1] < 0.9 * logs["loss"][0]
     assert "moe/cv_load" in logs
-    (moe,) = mixtures(upcycled)
     # Though the model's `call` has no argument `training`, there was noise.
-    kernels = numpy(moe.experts.kernels[0])
+    kernels = numpy(model.up.experts.kernels[0])
     assert np.all(np.abs(kernels[1:] - kernels[0]).max(axis=(1, 2)) > 1e-3)
+
+
+def test_a_compiled_model_comes_back_uncompiled():
+    model = sequential()
+    model.compile("adam", lambda y, y_pred: keras.ops.mean((y - y_pred) ** 2))
+    upcycled = upcycle_model(model, dense_pairs(model), 2, k=1)
+    assert model.compiled and not upcycled.compiled
 
 
 def test_one_expert_and_shared_experts_change_nothing_at_first():
