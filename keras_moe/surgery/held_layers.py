@@ -38,13 +38,16 @@ def in_order(layer):
 
 
 def held(layer):
-    """Returns pairs (path, layer inside) of what a layer holds by attributes of its own."""
-    return [
+    """Returns pairs (path, layer inside) of what a layer holds by attributes, or in its graph."""
+    found = [
         (path, part)
         for name, value in vars(layer).items()
         if name not in _own_names()
         for path, part in _entries(value, (name,))
     ]
+    known = {id(part) for _, part in found}
+    graph = enumerate(in_graph(layer))
+    return found + [(("layers", i), part) for i, part in graph if id(part) not in known]
 
 
 def at(layer, path):

@@ -1,7 +1,9 @@
 """Other layers in the place of some inside a model, wherever in it they are."""
 
+import collections
 import contextlib
 import copy
+import inspect
 
 import keras
 
@@ -128,17 +130,17 @@ class _Replacement:
 
     def _copied(self, layer):
         parts = held_layers.flattened(layer)
-        kinds = map(own_class, parts)
         try:
             # As if saved and loaded: the weights, vocabularies, and what else a class saves.
-            with keras.saving.custom_object_scope({kind.__name__: kind for kind in kinds}):
+            with keras.saving.custom_object_scope(_named_in(parts)):
                 copied = copy.deepcopy(layer)
         except Exception as error:
             raise ValueError(
                 f"A copy of {type(layer).__name__} {layer.name!r} cannot be made from its "
                 "configuration. Give the class a `get_config` that has all arguments of its "
-                "`__init__` and register it (`keras.saving.register_keras_serializable`), or "
-                f"change the model itself, by `in_place=True`. Received: {error}"
+                "`__init__`, register it and its functions "
+                "(`keras.saving.register_keras_serializable`), or change the model itself, by "
+                f"`in_place=True`. Received: {error}"
             ) from error
         copies = held_layers.flattened(copied)
         if [type(part) for part in copies] != [type(part) for part in parts]:
@@ -166,6 +168,25 @@ class _Replacement:
                 "plain `keras.Model(inputs, outputs)` or `keras.Sequential` of it. Received: "
                 f"{names}"
             )
+
+
+def _named_in(layers):
+    """Classes and functions of layers by the names that Keras writes down for them.
+
+    Without functions of which several have the same name, as those by `lambda`.
+    """
+    functions = {
+        id(value): value
+        for layer in layers
+        for value in vars(layer).values()
+        if inspect.isfunction(value)
+    }
+    counts = collections.Counter(function.__name__ for function in functions.values())
+    kinds = map(own_class, layers)
+    return {
+        **{kind.__name__: kind for kind in kinds},
+        **{f.__name__: f for f in functions.values() if counts[f.__name__] == 1},
+    }
 
 
 @contextlib.contextmanager

@@ -88,6 +88,23 @@ class OwnGraph(keras.Model):
         return cls(**config)
 
 
+@keras.saving.register_keras_serializable("tests")
+class BlockInGraph(keras.Model):
+    """A graph of a class of its own with a block that is nowhere else."""
+
+    def __init__(self, **kwargs):
+        inputs = keras.Input((WIDTH,))
+        self.head = layers.Dense(3)
+        super().__init__(inputs, self.head(Block(5)(inputs)), **kwargs)
+
+    def get_config(self):
+        return {"name": self.name}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
 def sequential():
     return keras.Sequential(
         [keras.Input((WIDTH,)), *feed_forward(), layers.Dense(7, "relu"), layers.Dense(1)],
