@@ -239,6 +239,14 @@ def test_frozen_layers_and_dtypes_carry_over():
     first, _, last = sorted(mixtures(upcycled), key=lambda moe: moe.name)
     assert first.experts.trainable and not last.experts.trainable and last.gating.trainable
 
+    model.trainable = False
+    assert upcycle_model(model, dense_pairs(model)[:1], 4, k=2).trainable_weights == []
+    model = held()  # Whose configuration says nothing of the layers inside.
+    model.blocks[1].ffn.trainable = False
+    upcycled = upcycle_model(model, dense_pairs(model)[:1], 4, k=2)
+    assert [block.trainable for block in upcycled.blocks] == [True, True]
+    assert [block.ffn.trainable for block in upcycled.blocks] == [True, False]
+
     mixed = shaken(keras.Sequential([keras.Input((WIDTH,)), *feed_forward(dtype="mixed_bfloat16")]))
     upcycled = upcycle_model(mixed, dense_pairs(mixed), 4, k=2)
     assert mixtures(upcycled)[0].dtype_policy.name == "mixed_bfloat16"
