@@ -22,21 +22,31 @@ class Batch:
     """
 
     def __init__(self, model, x):
-        self.made_up = x is None
-        self.args, self.kwargs = ((x,), {}) if x is not None else _made_up(model)
-        try:
+        if x is not None:
+            self.args, self.kwargs = (x,), {}
             self.before = self._outputs(model)
-        except Exception as error:
-            if not self.made_up:
-                raise
-            raise ValueError(
-                f"The model {model.name!r} could not be called with a batch made up for it: give "
-                f"one as `x`. Received: {error}"
-            ) from error
+        else:
+            self._make_up(model)
         # What is computed in bfloat16 is rounded at every step.
         parts = held_layers.flattened(model)
         exact = {part.compute_dtype for part in parts} <= {"float32", "float64"}
         self.bound = _EXACT if exact else _ROUNDED
+
+    def _make_up(self, model):
+        # A model of a class of its own doesn't tell what dtype it takes.
+        dtypes = [None] if held_layers.in_graph(model) else ["float32", "int32"]
+        errors = []
+        for dtype in dtypes:
+            self.args, self.kwargs = _made_up(model, dtype)
+            try:
+                self.before = self._outputs(model)
+                return
+            except Exception as error:
+                errors.append(error)
+        raise ValueError(
+            f"The model {model.name!r} could not be called with a batch made up for it: give one "
+            f"as `x`. Received: {errors[0]}"
+        ) from errors[0]
 
     def _outputs(self, model):
         outputs = keras.tree.flatten(model(*self.args, **self.kwargs))
@@ -58,25 +68,21 @@ class Batch:
         return None
 
 
-def _made_up(model):
-    random = np.random.default_rng(0)
+def _made_up(model, dtype):
+    """Returns arguments and keyword arguments for a call of a model.
 
-    def entry(shape, dtype="float32"):
-        # Ones among words are no padding, among masks no masked position.
-        sizes = [size or _UNKNOWN for size in shape]
-        sizes[0] = shape[0] or 2
-        if "float" in dtype:
-            return ops.cast(random.normal(size=sizes), dtype)
-        return ops.ones(sizes, dtype)
-
+    Args:
+        model: A built model.
+        dtype: Of what it takes, unless its inputs say so.
+    """
+    if isinstance(model, keras.Sequential):
+        (tensor,) = model.inputs
+        return (_entry(tensor.shape, tensor.dtype),), {}
     if held_layers.in_graph(model):
-        if isinstance(model, keras.Sequential):
-            (tensor,) = model.inputs
-            return (entry(tensor.shape, tensor.dtype),), {}
-        return (keras.tree.map_structure(lambda t: entry(t.shape, t.dtype), model.input),), {}
+        return (keras.tree.map_structure(lambda t: _entry(t.shape, t.dtype), model.input),), {}
     shapes = dict(model.get_build_config() or {})
     if set(shapes) == {"input_shape"} and shapes["input_shape"] is not None:
-        return (_of_shapes(shapes["input_shape"], entry),), {}
+        return (_of_shapes(shapes["input_shape"], dtype),), {}
     shapes = shapes.get("shapes_dict")
     if not shapes:
         raise ValueError(
@@ -84,13 +90,22 @@ def _made_up(model):
             "Received: x=None"
         )
     named = {name.removesuffix("_shape"): shape for name, shape in shapes.items()}
-    return (), {name: _of_shapes(shape, entry) for name, shape in named.items() if shape}
+    return (), {name: _of_shapes(shape, dtype) for name, shape in named.items() if shape}
 
 
-def _of_shapes(shapes, entry):
+def _of_shapes(shapes, dtype):
     """Entries by the shapes in nested lists, tuples and dicts; a shape is of numbers and `None`."""
     if isinstance(shapes, dict):
-        return {name: _of_shapes(shape, entry) for name, shape in shapes.items()}
+        return {name: _of_shapes(shape, dtype) for name, shape in shapes.items()}
     if all(size is None or isinstance(size, int) for size in shapes):
-        return entry(shapes)
-    return [_of_shapes(shape, entry) for shape in shapes]
+        return _entry(shapes, dtype)
+    return [_of_shapes(shape, dtype) for shape in shapes]
+
+
+def _entry(shape, dtype):
+    """Normal numbers; or ones, which among words are no padding and in masks hide nothing."""
+    sizes = [size or _UNKNOWN for size in shape]
+    sizes[0] = shape[0] or 2
+    if "float" in dtype:
+        return ops.cast(np.random.default_rng(0).normal(size=sizes), dtype)
+    return ops.ones(sizes, dtype)

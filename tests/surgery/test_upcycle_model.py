@@ -178,7 +178,7 @@ def test_a_whole_model_computes_what_it_did_and_can_be_saved(make, number, tmp_p
     upcycled.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert isinstance(loaded, type(model))
-    assert_computes(loaded, expected, 0)
+    assert_computes(loaded, expected, 1e-6)
 
 
 def test_some_of_the_pairs_can_be_chosen_and_the_others_later():
@@ -270,6 +270,26 @@ def test_what_a_layer_has_beside_its_weights_is_copied():
     np.testing.assert_allclose(
         upcycled(keras.ops.convert_to_tensor(x)), model(keras.ops.convert_to_tensor(x)), atol=1e-6
     )
+
+
+def test_a_batch_can_be_made_up_where_nothing_tells_the_dtype():
+    class Words(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding = layers.Embedding(2, WIDTH)
+            self.up, self.down = feed_forward()
+
+        def call(self, words):
+            return self.down(self.up(self.embedding(words)))
+
+    model = Words()
+    expected = model(np.array([[1, 0]]))
+    # Normal numbers, among them negative ones, are no words: then it is given integers.
+    upcycle_model(model, dense_pairs(model), 4, k=2, in_place=True)
+    np.testing.assert_allclose(model(np.array([[1, 0]])), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="batch made up for it: give one as `x`"):
+        model.call = lambda words: words["no such entry"]
+        upcycle_model(model, [[model.embedding]], 4, in_place=True)
 
 
 def test_padding_does_not_keep_a_model_from_being_compared():
