@@ -84,11 +84,17 @@ def tell_of_training(model, tell=True):
     model._call_has_training_arg = tell
 
 
+def forget_compilation(model):
+    """Has a model ask to be compiled anew, and trace anew what it traced of its old layers."""
+    model.compiled = False
+    model.train_function = model.test_function = model.predict_function = None
+
+
 @functools.cache
 def _own_names():
     """Attributes that Keras itself has, which have the layers once more."""
-    x = keras.Input((1,))
-    return {*vars(keras.Model(x, x)), *vars(keras.Sequential([x]))}
+    x = keras.Input((1,), name="x")  # With names, so that Keras counts none of them.
+    return {*vars(keras.Model(x, x, name="own")), *vars(keras.Sequential([x], name="own"))}
 
 
 def _entries(value, path):

@@ -46,13 +46,14 @@ def upcycle_model(model, pairs, num_experts, k=4, *, x=None, in_place=False, **k
             the shape the model was built for, normal numbers, or ones where it takes integers.
         in_place: Whether to change the model itself, for one that cannot be copied: whose class has
             no `get_config`, or whose layers hold each other's weights. Not for models of the
-            Functional API and `Sequential` ones, which have to be built again.
+            Functional API and `Sequential` ones, which have to be built again. What other models,
+            or functions of your own, have traced of it before stays as it was traced.
         **kwargs: Other keyword arguments of `SparseMoE`. The mixtures' names are `name`, by default
             "moe", followed by their number but for the first; of `seed` each has the next one.
 
     Returns:
-        A model of the same class and name. It is not compiled, and shares nothing with `model`
-        unless it is the same one.
+        A model of the same class and name, which has to be compiled anew. It shares nothing with
+        `model`, unless it is the same one.
 
     Raises:
         ValueError: If a chain is not such as `upcycle` takes, or not inside the model; where it

@@ -26,7 +26,7 @@ def replace_layers(model, new, check, in_place=False):
         in_place: Whether to change the model itself, in place of a copy that shares nothing.
 
     Returns:
-        The model, not compiled unless it is the same object.
+        The model, not compiled.
 
     Raises:
         ValueError: If a layer is not in the model or not where another one can be put, or the
@@ -46,9 +46,8 @@ def replace_layers(model, new, check, in_place=False):
     work = _Replacement(new, in_place)
     with contextlib.ExitStack() as stack:
         stack.enter_context(in_memory.trusted())
-        for layer in held_layers.flattened(model):
-            if isinstance(layer, keras.Model):
-                stack.enter_context(_uncompiled(layer))
+        for layer in _models_in(model):
+            stack.enter_context(_uncompiled(layer))
         try:
             result = work.convert(model)
             work.check_complete()
@@ -58,7 +57,15 @@ def replace_layers(model, new, check, in_place=False):
         except Exception:
             work.undo()
             raise
+    if in_place:
+        for layer in _models_in(result):
+            held_layers.forget_compilation(layer)
     return result
+
+
+def _models_in(layer):
+    """The models among a layer and the layers inside it."""
+    return [part for part in held_layers.flattened(layer) if isinstance(part, keras.Model)]
 
 
 class _Replacement:

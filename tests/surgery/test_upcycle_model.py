@@ -1,5 +1,7 @@
 """`upcycle_model`: mixtures in the place of dense layers anywhere in a model."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from keras.ops import convert_to_numpy as numpy
 from trained_layers import X, arrays, assert_same, run_example
 
 from keras_moe import SparseMoE, dense_pairs, upcycle_model
+from keras_moe.surgery.replaced_parts import ReplacedParts
 
 layers = keras.layers
 
@@ -219,6 +222,28 @@ def test_a_compiled_model_comes_back_uncompiled():
     model.compile("adam", lambda y, y_pred: keras.ops.mean((y - y_pred) ** 2))
     upcycled = upcycle_model(model, dense_pairs(model), 2, k=1)
     assert model.compiled and not upcycled.compiled
+
+
+def test_what_was_traced_before_a_change_in_place_is_forgotten():
+    model = shaken(called(Plain(layers.Dense(WIDTH))))
+    model.compile("sgd", "mse")
+    expected = model.predict(X, verbose=0)
+    upcycle_model(model, dense_pairs(model), 4, k=2, in_place=True)
+    for weight in model.up.experts.weights:
+        weight.assign(2 * weight)  # The weights that count.
+    assert np.abs(model.predict(X, verbose=0) - expected).max() > 0.1
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(X, X)
+
+
+def test_a_process_that_has_made_no_such_layer_can_load_one():
+    model = shaken(held())
+    upcycled = upcycle_model(model, dense_pairs(model)[:1], 4, k=2)
+    config = upcycled.get_config()
+    # Of the class by which a file is read, not of the one that stands beside it in this process.
+    loaded = ReplacedParts.from_config(config)
+    assert isinstance(loaded, Held) and len(mixtures(called(loaded))) == 1
+    assert json.dumps(config)
 
 
 def test_one_expert_and_shared_experts_change_nothing_at_first():
