@@ -6,9 +6,9 @@
 
 Both are decoder-only Transformers of plain Keras layers, with layer normalization at the beginning
 of each block, and see the same batches. In one, every other feed-forward block is a `SparseMoE`, of
-whose experts every word uses k, as in GShard and Switch Transformers. The twin has dense blocks
-alone: where the other has a mixture, one k times as wide as an expert and a little wider still,
-which makes up for the operations of the gating.
+whose experts every word uses k, as in GShard. The twin has dense blocks alone: where the other has
+a mixture, one k times as wide as an expert and a little wider still, which makes up for the
+operations of the gating.
 
 The script prints the perplexity of held-out text beside the operations per word and the parameters,
 and draws the perplexity of the validation text.
