@@ -7,7 +7,6 @@ import inspect
 
 import keras
 
-from keras_moe.experts import in_memory
 from keras_moe.surgery import held_layers
 from keras_moe.surgery.replaced_parts import declare, own_class
 
@@ -45,7 +44,6 @@ def replace_layers(model, new, check, in_place=False):
         )
     work = _Replacement(new, in_place)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(in_memory.trusted())
         for layer in _models_in(model):
             stack.enter_context(_uncompiled(layer))
         try:
