@@ -5,6 +5,19 @@ import json
 import keras
 import numpy as np
 import pytest
+from dense_models import (
+    BlockInGraph,
+    Held,
+    Plain,
+    assert_computes,
+    called,
+    feed_forward,
+    functional,
+    held,
+    mixtures,
+    sequential,
+    shaken,
+)
 from helpers import WIDTH
 from keras.ops import convert_to_numpy as numpy
 from trained_layers import X, arrays, assert_same, run_example
@@ -15,149 +28,10 @@ from keras_moe.surgery.replaced_parts import ReplacedParts
 layers = keras.layers
 
 
-def feed_forward(activation="gelu", units=8, **kwargs):
-    return [layers.Dense(units, activation, **kwargs), layers.Dense(WIDTH, **kwargs)]
-
-
-@keras.saving.register_keras_serializable("tests")
-class Block(layers.Layer):
-    """As in many tutorials: a `Sequential` inside a block."""
-
-    def __init__(self, units, **kwargs):
-        super().__init__(**kwargs)
-        self.units = units
-        up, down = feed_forward(units=units)
-        self.ffn = keras.Sequential([up, layers.Dropout(0.1), down])
-
-    def build(self, input_shape):
-        self.ffn.build(input_shape)
-
-    def call(self, x):
-        return x + self.ffn(x)
-
-    def get_config(self):
-        return {**super().get_config(), "units": self.units}
-
-
-@keras.saving.register_keras_serializable("tests")
-class Held(keras.Model):
-    """Layers in a list in a dict, one of them held twice, and blocks."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.parts = {"ffn": feed_forward("relu")}
-        self.again = self.parts["ffn"][0]
-        self.blocks = (Block(5), Block(7))
-
-    def call(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x + self.parts["ffn"][1](self.again(x))
-
-
-class Plain(keras.Model):
-    """Without a configuration: Keras can't write down a layer as an argument."""
-
-    def __init__(self, last, then=None):
-        super().__init__()
-        self.up, self.down = feed_forward("relu", units=WIDTH)
-        self.last, self.then = last, then or (lambda hidden, down: down(hidden))
-
-    def call(self, x):
-        return self.last(self.then(self.up(x), self.down))
-
-
-@keras.saving.register_keras_serializable("tests")
-class OwnStep(keras.Model):
-    """A functional model with a step of its own."""
-
-    def train_step(self, data):
-        return super().train_step(data)
-
-
-class OwnGraph(keras.Model):
-    """A graph of a class of its own, as the models of keras-hub are."""
-
-    def __init__(self, **kwargs):
-        inputs = keras.Input((WIDTH,))
-        self.up, self.down = feed_forward()
-        super().__init__(inputs, self.down(self.up(inputs)), **kwargs)
-
-    def get_config(self):
-        return {"name": self.name}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-
-@keras.saving.register_keras_serializable("tests")
-class BlockInGraph(keras.Model):
-    """A graph of a class of its own with a block that is nowhere else."""
-
-    def __init__(self, **kwargs):
-        inputs = keras.Input((WIDTH,))
-        self.head = layers.Dense(3)
-        super().__init__(inputs, self.head(Block(5)(inputs)), **kwargs)
-
-    def get_config(self):
-        return {"name": self.name}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-
-def sequential():
-    return keras.Sequential(
-        [keras.Input((WIDTH,)), *feed_forward(), layers.Dense(7, "relu"), layers.Dense(1)],
-        name="mlp",
-    )
-
-
-def functional():
-    """A residual, an activation layer, a block called twice, models inside, two outputs."""
-    inputs = keras.Input((WIDTH,), name="inputs")
-    hidden = layers.Dropout(0.1)(layers.LeakyReLU(0.1)(layers.Dense(9)(inputs)))
-    y = inputs + layers.Dense(WIDTH)(hidden)
-    block = Block(5, name="block")
-    y = block(block(y))
-    inner = keras.Input((WIDTH,))
-    y = keras.Model(inner, keras.Sequential(feed_forward("tanh"))(inner), name="inner")(y)
-    return OwnStep(inputs, {"y": y, "head": layers.Dense(2)(y)}, name="functional")
-
-
-def held():
-    return called(Held(name="held"))
-
-
-def called(model):
-    model(X)
-    return model
-
-
-def shaken(model):
-    """The model with weights that show what it computes, biases too."""
-    rng = np.random.default_rng(1)
-    for weight in model.weights:
-        weight.assign(0.5 * rng.normal(size=weight.shape))
-    return model
-
-
-def assert_computes(model, expected, tolerance=1e-5):
-    flat = zip(keras.tree.flatten(model(X)), keras.tree.flatten(expected), strict=True)
-    for y, before in flat:
-        np.testing.assert_allclose(y, before, rtol=tolerance, atol=tolerance)
-
-
-def mixtures(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, SparseMoE)]
-
-
 @pytest.mark.parametrize(
     ("make", "number"),
-    [(sequential, 2), (functional, 3), (held, 3)],
-    ids=lambda x: getattr(x, "__name__", x),
+    [(sequential, 2), (functional, 3), (held, 3), (BlockInGraph, 1)],
+    ids=["sequential", "functional", "subclassed", "in a graph"],
 )
 def test_a_whole_model_computes_what_it_did_and_can_be_saved(make, number, tmp_path):
     model = shaken(make())
@@ -337,84 +211,6 @@ def test_a_model_that_cannot_be_copied_can_be_changed_in_place():
     assert upcycle_model(model, pairs, 4, k=2, in_place=True) is model
     assert_computes(model, expected)
     assert isinstance(model.up, SparseMoE) and isinstance(model.down, layers.Identity)
-
-
-@pytest.mark.parametrize(
-    "then",
-    [
-        lambda hidden, down: down(keras.ops.silu(hidden)),
-        lambda hidden, down: down(hidden) + hidden,
-        lambda hidden, down: down(keras.ops.concatenate([hidden[:, 3:], hidden[:, :3]], axis=-1)),
-    ],
-    ids=["an activation between", "the hidden layer used twice", "another order between"],
-)
-def test_a_model_that_would_compute_something_else_is_refused_and_left_as_it_was(then):
-    model = shaken(called(Plain(layers.Dense(2), then)))
-    parts, expected = (model.up, model.down), model(X)
-    with pytest.raises(ValueError, match="outputs of the model would change.*off by up to"):
-        upcycle_model(model, dense_pairs(model), 4, k=2, in_place=True)
-    assert (model.up, model.down) == parts and type(model) is Plain
-    assert_computes(model, expected, 0)
-
-
-def shared_weight():
-    """Two layers in a graph, one of which holds the other."""
-
-    class Tied(layers.Layer):
-        def __init__(self, embedding, **kwargs):
-            super().__init__(**kwargs)
-            self.embedding = embedding
-
-        def call(self, x):
-            return keras.ops.matmul(x, keras.ops.transpose(self.embedding.embeddings))
-
-        def get_config(self):
-            embedding = keras.saving.serialize_keras_object(self.embedding)
-            return {**super().get_config(), "embedding": embedding}
-
-        @classmethod
-        def from_config(cls, config):
-            embedding = keras.saving.deserialize_keras_object(config.pop("embedding"))
-            return cls(embedding, **config)
-
-    embedding = layers.Embedding(5, WIDTH)
-    inputs = keras.Input((3,), dtype="int32")
-    y = embedding(inputs)
-    for layer in feed_forward():
-        y = layer(y)
-    return keras.Model(inputs, Tied(embedding)(y))
-
-
-@pytest.mark.parametrize(
-    ("make", "choose", "options", "message"),
-    [
-        (lambda: keras.Sequential(feed_forward()), list, {}, "must be a Keras model that is built"),
-        (sequential, lambda pairs: [], {}, "at least one. Received: \\[\\]"),
-        (sequential, lambda pairs: pairs[0], {}, "list of chains of layers"),
-        (sequential, lambda pairs: [pairs[0], pairs[0]], {}, "in one chain.*twice: \\['dense"),
-        (sequential, lambda pairs: [pairs[0][::-1]], {}, "must be linear.*'gelu'"),
-        (sequential, lambda pairs: dense_pairs(sequential()), {}, "inside the model 'mlp'"),
-        (sequential, list, {"in_place": True}, "cannot be changed in place"),
-        (sequential, list, {"activation": "relu"}, "leave them out.*activation"),
-        (sequential, list, {"k": 5}, "`k`.*k=5, num_experts=4"),
-        (OwnGraph, list, {}, "where no other can be put.*class of its own"),
-        (shared_weight, list, {}, "hold one another's weights"),
-        (
-            lambda: keras.Model(
-                i := keras.Input((WIDTH,)),
-                layers.Dense(2)(layers.Dense(3, "relu")(i)) + 0 * i[:, :2],
-            ),
-            lambda pairs: pairs,
-            {"x": np.zeros((2, 3, WIDTH + 1), "float32")},
-            "(?s)expected",
-        ),
-    ],
-)
-def test_what_cannot_be_had_is_said(make, choose, options, message):
-    model = make()
-    pairs = choose(dense_pairs(model)) if model.built else []
-    with pytest.raises(ValueError, match=message):
-        upcycle_model(model, pairs, 4, **options)
 
 
 def test_only_pairs_that_fit_are_found():
