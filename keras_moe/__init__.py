@@ -16,7 +16,7 @@ from keras_moe.mixture.hierarchical_moe import HierarchicalMoE
 from keras_moe.mixture.sparse_moe import SparseMoE
 from keras_moe.saving import load_weights, save_weights
 from keras_moe.serving import export_saved_model
-from keras_moe.surgery import grow, prune, upcycle, used_experts
+from keras_moe.surgery import dense_pairs, grow, prune, upcycle, upcycle_model, used_experts
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "SparseMoE",
     "StrictlyBalancedGating",
     "callbacks",
+    "dense_pairs",
     "distribute",
     "export_saved_model",
     "grow",
@@ -43,5 +44,6 @@ __all__ = [
     "prune",
     "save_weights",
     "upcycle",
+    "upcycle_model",
     "used_experts",
 ]

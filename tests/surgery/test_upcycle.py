@@ -118,3 +118,18 @@ def test_the_example_of_upcycle_runs():
     upcycled = run_example(keras_moe.upcycle, model)
     assert any(isinstance(layer, SparseMoE) for layer in upcycled.layers)
     np.testing.assert_allclose(upcycled(X), model(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "behind", [keras.layers.ReLU(max_value=1.0), keras.layers.Activation("tanh")]
+)
+def test_an_activation_layer_is_that_of_the_layer_before_it(behind):
+    up, down = dense_layers(16, WIDTH, activation="linear")
+    moe = keras_moe.upcycle([up, behind, down], 4, k=2)
+    np.testing.assert_allclose(moe(X), down(behind(up(X))), rtol=1e-5, atol=1e-5)
+    copied = type(moe).from_config(moe.get_config())
+    assert type(copied.experts.activation) is type(moe.experts.activation)
+    with pytest.raises(ValueError, match="behind a linear .*Received: .*behind None"):
+        keras_moe.upcycle([behind, up, down], 4)
+    with pytest.raises(ValueError, match="behind a linear"):
+        keras_moe.upcycle([up, behind, behind, down], 4)
