@@ -40,7 +40,7 @@ def signatures(model, lookup):
     - `serving_default`: `tokens` int32 [B, L] and `lengths` int32 [B], how many of each row count,
       up to 256, to `probabilities` float32 [B, longest, V], those of the word after each position,
       0 behind a row's end, and `status` string [B], `"ok"` or the fault of a row without an answer
-      (`keras_moe.serving.token_signature`).
+      (`keras_moe.token_signature`).
     - `score`: `sentences` string [B] to `log_probabilities` float32 [B, longest], those of its
       words and of its end, and `lengths` int32 [B], how many these are. It is as wide as the
       longest sentence of the batch, also of other callers: behind a sentence's length there are

@@ -15,7 +15,7 @@ from keras_moe.gating.strictly_balanced import StrictlyBalancedGating
 from keras_moe.mixture.hierarchical_moe import HierarchicalMoE
 from keras_moe.mixture.sparse_moe import SparseMoE
 from keras_moe.saving import load_weights, save_weights
-from keras_moe.serving import export_saved_model
+from keras_moe.serving import export_saved_model, token_signature
 from keras_moe.surgery import dense_pairs, grow, prune, upcycle, upcycle_model, used_experts
 
 __version__ = "0.1.0"
@@ -43,6 +43,7 @@ __all__ = [
     "optimizers",
     "prune",
     "save_weights",
+    "token_signature",
     "upcycle",
     "upcycle_model",
     "used_experts",

@@ -99,7 +99,7 @@ def export_saved_model(
     elif lengths:
         raise ValueError(
             "`lengths` is for the model's own call: leave `serving_default` out, or make it by "
-            f"`keras_moe.serving.token_signature`. Received: signatures={signatures!r}"
+            f"`keras_moe.token_signature`. Received: signatures={signatures!r}"
         )
     layers = [part for part in (model, *track) if isinstance(part, keras.layers.Layer)]
     weights = StoredWeights(layers, dtype)

@@ -20,7 +20,7 @@ def token_signature(model, input_signature=None, *, vocabulary_size=None, max_le
     Example:
     ```python
     tokens = tf.TensorSpec([None, None], "int32", "tokens")
-    signature = keras_moe.serving.token_signature(model, [tokens], max_length=256)
+    signature = keras_moe.token_signature(model, [tokens], max_length=256)
     keras_moe.export_saved_model(
         model, "saved_models/reviews", signatures={"serving_default": signature}
     )
