@@ -7,10 +7,10 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_size
+from keras_moe.backend import indices, pieces
 from keras_moe.contract.freezing import FreezableParts, call_once, copy_trainable
 from keras_moe.contract.inputs import as_input, as_numbers
 from keras_moe.contract.own_losses import layers_by_name
-from keras_moe.dispatch import pieces
 from keras_moe.experts import in_memory
 from keras_moe.experts.initializers import derived_seeds
 from keras_moe.saving import CheckedExperts
@@ -111,7 +111,7 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
 
     def _call_expert(self, layer, piece):
         num_rows = ops.shape(piece)[0]
-        filler = ops.zeros((ops.maximum(1 - num_rows, 0), piece.shape[-1]), piece.dtype)
+        filler = ops.zeros((indices.at_least(0, 1 - num_rows), piece.shape[-1]), piece.dtype)
         y = layer(ops.concatenate([piece, filler]))
         return ops.cast(y[:num_rows], self.compute_dtype)
 

@@ -5,9 +5,9 @@ import inspect
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
+from keras_moe.backend import vocabulary
 from keras_moe.contract.freezing import FreezableParts
 from keras_moe.layers import SampledSoftmax
 from keras_moe.losses import in_floatx
@@ -92,7 +92,7 @@ class WordModel(FreezableParts, keras.Model):
         words = targets != PADDING_ID
         if training and hasattr(predictions, "hidden_states"):
             return self.softmax.sampled_loss(predictions.hidden_states[words], targets[words])
-        return -tf.gather(predictions, targets, batch_dims=2)[words]
+        return -vocabulary.of_words(predictions, targets)[words]
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss of `compile`, or else the mean cross-entropy per word; and those of layers."""

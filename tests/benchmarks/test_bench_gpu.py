@@ -27,7 +27,9 @@ def test_the_tables_hold_what_was_measured(tmp_path, capsys):
     assert len(found["keras_moe"].seconds) == 5
     table = (tmp_path / "gpu.md").read_text()
     ratio = middle / sorted(found["dense"].seconds)[2]
-    expected = f"| keras_moe | {1000 * middle:.3g} ms | {ratio:.2f} | {201.326592e-6 / middle:.3g} |"
+    expected = (
+        f"| keras_moe | {1000 * middle:.3g} ms | {ratio:.2f} | {201.326592e-6 / middle:.3g} |"
+    )
     assert expected in table
     assert table.strip() == capsys.readouterr().out.strip()
     assert (tmp_path / "gpu.png").stat().st_size > 0

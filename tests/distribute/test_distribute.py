@@ -9,7 +9,8 @@ import tensorflow as tf
 from replicas import BATCH, CLASSES, WIDTH, data, fit, flat, hierarchical, make_model, strategy
 
 from keras_moe import LayerExperts, NoisyTopKGating, SparseMoE
-from keras_moe.distribute import ExpertParallel, internals
+from keras_moe.backend.tensorflow import replicas as internals
+from keras_moe.distribute import ExpertParallel
 from keras_moe.optimizers import FactoredAdam
 
 

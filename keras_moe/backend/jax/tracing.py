@@ -1,0 +1,17 @@
+"""Which function is being traced, told by JAX's private `trace_ctx` (checked with JAX 0.10)."""
+
+import jax
+from jax._src import core
+
+
+def current_graph():
+    """What is being traced here; `None` where operations run at once."""
+    trace = core.trace_ctx.trace
+    return None if isinstance(trace, core.EvalTrace) else trace
+
+
+def can_be_read(value):
+    """Whether a tensor is a value here: not one of a loop, a branch or a function inside."""
+    if not isinstance(value, jax.core.Tracer):
+        return True
+    return value._trace.is_valid()
