@@ -18,3 +18,9 @@ def pytest_runtest_setup(item):
     for mark in item.iter_markers("tensorflow"):
         if keras.config.backend() != "tensorflow":
             pytest.skip(mark.args[0])
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out the tests of another backend than the one that is here."""
+    if collection_path.name == "on_jax" and keras.config.backend() != "jax":
+        return True

@@ -1,7 +1,8 @@
 """Symbolic calls where shapes are static: what is asked for is the shape of the output alone.
 
-JAX traces a symbolic call with names in place of unknown sizes, by which rows can't be divided among
-experts. So there a mixture answers by its shape, and a gating is traced with a number of examples.
+JAX traces a symbolic call with names in place of unknown sizes, by which rows can't be divided
+among experts. So there a mixture answers by its shape, and a gating is traced with a number of
+examples.
 """
 
 import keras

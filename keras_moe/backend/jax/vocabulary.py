@@ -1,11 +1,14 @@
 """Samples of a vocabulary, and the cross-entropy of a word beside such a sample."""
 
 import functools
+import weakref
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+
+_remembered = {}
 
 
 class LogUniformSampler:
@@ -66,6 +69,28 @@ def cross_entropy(targets, logits):
     """-log of the softmax of the target's logit: int32 [T] and [T, V] to [T]."""
     target = jnp.take_along_axis(logits, targets[:, None], axis=1, mode="clip")[:, 0]
     return jax.nn.logsumexp(logits, axis=1) - target
+
+
+def remember(log_probs, hidden):
+    """Has log-probabilities keep in mind the hidden states that they are computed from."""
+    key = id(log_probs)  # JAX's arrays take no attributes.
+    _remembered[key] = weakref.ref(log_probs, lambda _: _remembered.pop(key, None)), hidden
+
+
+def remembered(log_probs):
+    """Those hidden states, or `None`."""
+    of_what, hidden = _remembered.get(id(log_probs), (lambda: None, None))
+    return hidden if of_what() is log_probs else None
+
+
+def words_alone(x, words):
+    """The entries [B·L, ...] of [B, L, ...]: their number can't depend on how many are words."""
+    return jnp.reshape(x, (-1, *x.shape[2:]))
+
+
+def is_word(words):
+    """Which entries of `words_alone` are those of words, bool [B·L]."""
+    return jnp.reshape(words, -1)
 
 
 def of_words(predictions, words):

@@ -53,6 +53,26 @@ def cross_entropy(targets, logits):
     return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
 
 
+def remember(log_probs, hidden):
+    """Has log-probabilities keep in mind the hidden states that they are computed from."""
+    log_probs.hidden_states = hidden
+
+
+def remembered(log_probs):
+    """Those hidden states, or `None`."""
+    return getattr(log_probs, "hidden_states", None)
+
+
+def words_alone(x, words):
+    """The entries [W, ...] of [B, L, ...] that bool [B, L] has as words."""
+    return x[words]
+
+
+def is_word(words):
+    """`None`: each entry of `words_alone` is that of a word."""
+    return None
+
+
 def of_words(predictions, words):
     """The entry of each word: [B, L, V] and ids [B, L] to [B, L]."""
     return tf.gather(predictions, words, batch_dims=2)
