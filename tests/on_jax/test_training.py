@@ -31,7 +31,7 @@ else:
     model.compile(FactoredAdam(0.01), CROSS_ENTROPY)
 losses = []
 for step in range({STEPS}):
-    losses.append(float(model.train_on_batch(x, y)))
+    losses.append(float(model.train_on_batch(x, y, return_dict=True)["loss"]))
     if not begun and step == {STEPS // 2} - 1:
         model.save(continued)
 np.save(ended, losses)
@@ -67,7 +67,7 @@ def test_logs_are_those_of_the_last_epoch():
     evaluated = model.evaluate(x, y, verbose=0, return_dict=True)
     names = {"moe/cv_importance", "moe/cv_load", "moe/max_over_mean_load"}
     assert names < evaluated.keys()
-    # Nothing learns, and evaluation draws no noise: every epoch has the same, its own batches alone.
+    # Nothing learns, and evaluation draws no noise: every epoch has the same, of its batches alone.
     for name, value in evaluated.items():
         np.testing.assert_allclose(history[f"val_{name}"], [value, value], rtol=1e-5)
     assert all(np.isfinite(history[name]).all() for name in names)

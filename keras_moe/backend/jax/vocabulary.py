@@ -34,7 +34,11 @@ class LogUniformSampler:
         # The largest with Gumbel noise are those that one after the other would draw.
         noise = jax.random.gumbel(key, [self.vocabulary_size])
         _, drawn = jax.lax.top_k(log_probs + noise, self.number)
-        return drawn, jnp.take(chances, targets, mode="clip"), jnp.take(chances, drawn)
+        return (
+            drawn,
+            jnp.take(chances, jnp.asarray(targets, "int32"), mode="clip"),
+            jnp.take(chances, drawn),
+        )
 
 
 @functools.cache
