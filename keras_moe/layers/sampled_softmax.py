@@ -67,7 +67,7 @@ class SampledSoftmax(keras.layers.Dense):
         """
         if self.num_sampled is None:
             return self._whole_loss(hidden, targets)
-        drawn, target_chances, chances = self._sampler(targets)
+        drawn, target_chances, chances = self._sampler(targets, self.seed)
         targets = ops.cast(targets, "int32")
         words = ops.concatenate([targets, drawn])
         dtype = self._loss_dtype
