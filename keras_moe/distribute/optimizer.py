@@ -26,7 +26,8 @@ class ExpertParallel(keras.optimizers.Optimizer):
     Example:
     ```python
     with tf.distribute.MirroredStrategy().scope():
-        model = keras.Sequential([..., keras_moe.SparseMoE(64, 256, expert_parallel=True), ...])
+        moe = keras_moe.SparseMoE(64, 256, expert_parallel=True)
+        model = keras.Sequential([keras.Input((8,)), moe])
         model.compile(keras_moe.distribute.ExpertParallel(keras.optimizers.Adam()), "mse")
     ```
 
