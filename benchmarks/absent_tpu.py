@@ -25,7 +25,7 @@ from tensorflow.python.ops import gen_tpu_ops
 from tensorflow.python.tpu.tpu_function import tpu_shard_context
 from tensorflow.python.tpu.tpu_replication import TPUReplicateContext
 
-from keras_moe.distribute import internals
+from keras_moe.backend.tensorflow import replicas as internals
 
 _ALL_TO_ALL = """
 func.func public @main(%x: {type}) -> {type} {{

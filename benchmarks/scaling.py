@@ -34,7 +34,9 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util_v2
 
 from keras_moe import FeedForwardExperts, NoisyTopKGating, SparseMoE
-from keras_moe.distribute import ExpertParallel, collectives, exchange, internals
+from keras_moe.backend.tensorflow import collectives
+from keras_moe.backend.tensorflow import replicas as internals
+from keras_moe.distribute import ExpertParallel, exchange
 
 REPLICAS = (1, 2, 4, 8)
 EXPERTS_PER_REPLICA, K = 8, 2

@@ -1,6 +1,6 @@
 """The sparsely-gated mixture-of-experts layer of Shazeer et al. (2017) for Keras 3."""
 
-from keras_moe import backends  # noqa: F401  Before all else, which an unsupported one can't import.
+from keras_moe import backend  # noqa: F401  Before all else, which an unsupported one can't import.
 
 # isort: split
 from keras_moe import callbacks, distribute, layers, losses, models, optimizers

@@ -5,7 +5,7 @@ Pure functions of `keras.ops`. N experts, T examples, K experts chosen per examp
 
 from keras import config, ops
 
-from keras_moe.dispatch.choices import sum_by_expert
+from keras_moe.backend import choices
 
 # Keeps CV² defined when nothing was routed. The original implementation uses the same value.
 _EPSILON = 1e-10
@@ -69,7 +69,7 @@ def importance(gates, expert_index, num_experts):
         Float tensor [N], differentiable with respect to `gates`.
     """
     finite = ops.where(ops.isfinite(gates), gates, 0.0)
-    return sum_by_expert(finite, expert_index, num_experts)
+    return choices.sum_by_expert(finite, expert_index, num_experts)
 
 
 def hard_load(gates, expert_index, num_experts):

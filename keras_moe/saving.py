@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.distribute.workers import is_chief
+from keras_moe.backend import collectives
 
 _CHECKSUMS, _NUMBER = "checksums", "num_experts"
 _SEAL, _SEAL_SIZE = b"keras_moe weights, crc32 ", 512
@@ -196,7 +196,7 @@ def save_weights(model, filepath):
     with tempfile.TemporaryDirectory() as folder:
         unsealed = os.path.join(folder, "unsealed.weights.h5")
         model.save_weights(unsealed)
-        if not is_chief(model.distribute_strategy):
+        if not collectives.is_chief(getattr(model, "distribute_strategy", None)):
             return
         with open(unsealed, "rb") as source, open(filepath, "wb") as target:
             target.write(_seal(source))

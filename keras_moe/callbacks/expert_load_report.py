@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_moe import losses
 from keras_moe.callbacks import tensorboard
@@ -51,6 +50,8 @@ class ExpertLoadReport(keras.callbacks.Callback):
         self._step = None
 
     def on_train_begin(self, logs=None):
+        import tensorflow as tf
+
         self._writer = tf.summary.create_file_writer(self.log_dir)
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -64,6 +65,8 @@ class ExpertLoadReport(keras.callbacks.Callback):
         self._writer.close()
 
     def _report(self, step):
+        import tensorflow as tf
+
         mixtures = inspection.mixtures(self.model)
         load = inspection.load(self.model, self.x, mixtures)
         # Under `record_if`, since the TensorBoard callback may have told others to write nothing.

@@ -1,7 +1,6 @@
 """What the callbacks write for TensorBoard: numbers, histograms, pictures of the load."""
 
 import numpy as np
-import tensorflow as tf
 
 
 def load_picture(load):
@@ -46,7 +45,7 @@ _DESCRIPTION = (
 
 def write_scalar(tag, value):
     """Writes a number."""
-    _write(tag, tf.cast(value, tf.float32), "scalars")
+    _write(tag, np.float32(value), "scalars")
 
 
 def write_histogram(tag, values):
@@ -60,6 +59,8 @@ def write_histogram(tag, values):
 
 def write_load_picture(tag, load):
     """Writes `load_picture(load)`, and what its colours mean."""
+    import tensorflow as tf
+
     picture = load_picture(load)
     height, width, _ = picture.shape
     png = tf.io.encode_png(picture).numpy()
@@ -72,6 +73,8 @@ def _write(tag, value, plugin, description=""):
     Those need the package tensorboard, which TensorFlow 2.21 doesn't install; a machine that only
     trains can do without.
     """
+    import tensorflow as tf
+
     metadata = tf.compat.v1.SummaryMetadata(summary_description=description)
     metadata.plugin_data.plugin_name = plugin
     tf.summary.write(tag, value, metadata=metadata)

@@ -7,8 +7,9 @@ with `as_input` of what it is given, and no layer turns its weights into the dty
 """
 
 import keras
-import tensorflow as tf
 from keras import ops
+
+from keras_moe.backend import indices
 
 
 def as_input(layer, x):
@@ -36,7 +37,7 @@ def as_input(layer, x):
     x = ops.cast(x, layer.compute_dtype)
     axes = getattr(layer.input_spec, "axes", None) or {}
     if x.shape[-1] is None and -1 in axes:
-        x = tf.ensure_shape(x, [*x.shape[:-1], axes[-1]])
+        x = indices.ensure_shape(x, [*x.shape[:-1], axes[-1]])
     return x
 
 
@@ -54,13 +55,22 @@ def as_mask(mask, x):
     if mask is None:
         return None
     mask, positions = ops.convert_to_tensor(mask, "bool"), x.shape[:-1]
-    shape = tf.TensorShape(mask.shape)
-    if not shape.is_compatible_with(positions):
+    shape = None if _of_unknown_rank(mask) else tuple(mask.shape)
+    if shape is not None and not _may_be_equal(shape, tuple(positions)):
         raise ValueError(
             "The mask must have one entry for each position of the input: its shape without "
             f"the last dimension. Received: x of shape {x.shape}, mask of shape {mask.shape}"
         )
-    return tf.ensure_shape(mask, positions) if shape.rank is None else mask
+    return indices.ensure_shape(mask, positions) if shape is None else mask
+
+
+def _of_unknown_rank(tensor):
+    return getattr(tensor.shape, "rank", 0) is None  # As TensorFlow has them in a graph.
+
+
+def _may_be_equal(shape, other):
+    known = [{*sizes} - {None} for sizes in zip(shape, other, strict=False)]
+    return len(shape) == len(other) and all(len(sizes) < 2 for sizes in known)
 
 
 def as_examples(x, mask):

@@ -8,8 +8,9 @@ Keras' global state.
 
 import warnings
 
-import tensorflow as tf
 from keras.src.backend.common import global_state
+
+from keras_moe.backend import tracing
 
 _LEFT_OUT = (
     "The losses of {!r} cannot leave the loop or branch that calls it, as that of "
@@ -38,7 +39,7 @@ class OwnLosses:
 
     def _get_own_losses(self):
         losses = super()._get_own_losses()
-        readable = [loss for loss in losses if _can_be_read(loss)]
+        readable = [loss for loss in losses if tracing.can_be_read(loss)]
         if len(readable) < len(losses):
             warnings.warn(_LEFT_OUT.format(self.name), stacklevel=2)
         self.on_losses_read()
@@ -67,20 +68,3 @@ def layers_by_name(model, kind):
                 name = f"{layer.name}_{number}"
             layers[name] = layer
     return layers
-
-
-def current_graph():
-    """The graph that is being traced here; `None` where operations run at once."""
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-
-
-def _can_be_read(loss):
-    """Whether a loss is a value here: not one of a loop, a branch or a function inside."""
-    reader, owner = current_graph(), getattr(loss, "graph", None)
-    if reader is None or owner is None:
-        return True
-    while reader is not None:
-        if reader is owner:
-            return True
-        reader = getattr(reader, "outer_graph", None)
-    return False

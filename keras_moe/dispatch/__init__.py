@@ -1,10 +1,12 @@
-"""The way of the rows to their experts and back, and the products on it.
+"""The way of the rows to their experts and back.
 
-`plan.py` gives each choice of an example its row, `rows.py` moves the rows, `grouped_products.py`
-multiplies each by the matrix of its expert: by `loops.py` on CPUs, `places.py` on GPUs, `blocks.py`
-where XLA needs static shapes. `devices.py` is where the device chooses.
+`plan.py` gives each choice of an example its row, `rows.py` moves the rows, `products.py`
+multiplies each by the matrix of its expert: by the backend's grouped products, or by `blocks.py`
+where TensorFlow has to have static shapes for XLA. `capacity.py` is the rule of how many rows an
+expert takes.
 """
 
+from keras_moe.backend import indices
 from keras_moe.dispatch.capacity import expert_capacity
 from keras_moe.dispatch.plan import Plan, fraction, make_plan, ranks
 from keras_moe.dispatch.rows import (
@@ -14,9 +16,10 @@ from keras_moe.dispatch.rows import (
     dispatch,
     of_one_example,
     rearrange,
-    spread,
     take,
 )
+
+spread = indices.spread
 
 __all__ = [
     "Plan",

@@ -9,10 +9,10 @@ empty in its last block alone, S - 1 at most, so that (M + N·(S - 1)) / S block
 enough for every load. As N·(S - 1) ≤ M, that is at most twice the rows.
 """
 
-import tensorflow as tf
+from keras import ops
 
-from keras_moe.dispatch.rows import rearrange, spread
-from keras_moe.dispatch.sorting import index_range
+from keras_moe.backend import indices
+from keras_moe.dispatch.rows import rearrange
 
 
 def block_by_block(function, rows, rows_per_expert, banks):
@@ -28,40 +28,41 @@ def block_by_block(function, rows, rows_per_expert, banks):
     Returns:
         Float tensor [M, width]; zeros behind the last expert's rows.
     """
-    num_rows = tf.shape(rows)[0] if rows.shape[0] is None else rows.shape[0]
-    num_experts, counts = rows_per_expert.shape[0], tf.cast(rows_per_expert, tf.int64)
+    num_rows, num_experts = ops.shape(rows)[0], rows_per_expert.shape[0]
+    counts = ops.cast(rows_per_expert, indices.INDEX)
     if num_experts == 1:  # A single block.
-        kept = (index_range(num_rows) < counts)[:, None]
-        rows = tf.where(kept, rows, tf.zeros([], rows.dtype))
+        kept = (indices.index_range(num_rows) < counts)[:, None]
+        rows = ops.where(kept, rows, ops.zeros((), rows.dtype))
         y = function(rows[None], *banks)[0]
-        return tf.where(kept, y, tf.zeros([], y.dtype))
-    smaller, larger = (min, max) if isinstance(num_rows, int) else (tf.minimum, tf.maximum)
+        return ops.where(kept, y, ops.zeros((), y.dtype))
     # Blocks as large as the even share: at most N of them are not full, which doubles the rows.
-    size = larger((num_rows + num_experts - 1) // num_experts, 1)
+    size = indices.at_least(1, (num_rows + num_experts - 1) // num_experts)
     # Each expert that has rows leaves at most size - 1 places empty.
-    num_blocks = (num_rows + smaller(num_experts, num_rows) * (size - 1)) // size
+    num_blocks = (num_rows + indices.at_most(num_experts, num_rows) * (size - 1)) // size
 
-    places = tf.cast(size, tf.int64)
-    last_row, last_block = (tf.cumsum(count) for count in (counts, (counts + places - 1) // places))
-    none = tf.zeros([1], tf.int64)
-    first_row, first_block = (tf.concat([none, last], axis=0) for last in (last_row, last_block))
+    places = ops.cast(size, indices.INDEX)
+    blocks_per_expert = (counts + places - 1) // places
+    last_row, last_block = (ops.cumsum(count, axis=0) for count in (counts, blocks_per_expert))
+    none = ops.zeros((1,), indices.INDEX)
+    first_row, first_block = (ops.concatenate([none, last]) for last in (last_row, last_block))
 
-    block = index_range(num_blocks)
-    expert = tf.searchsorted(last_block, block, side="right", out_type=tf.int64)
-    expert = tf.minimum(expert, num_experts - 1)  # Blocks that nobody needs.
-    rank = (block - tf.gather(first_block, expert))[:, None] * places + index_range(size)
-    filled = tf.reshape(rank < tf.gather(counts, expert)[:, None], [-1])
-    source = tf.reshape(rank + tf.gather(first_row, expert)[:, None], [-1])
+    expert = indices.run_of(last_block, indices.index_range(num_blocks))
+    # There may be blocks that nobody needs.
+    expert = ops.minimum(expert, ops.cast(num_experts - 1, indices.INDEX))
+    rank = (indices.index_range(num_blocks) - indices.gather(first_block, expert))[:, None] * places
+    rank += indices.index_range(size)
+    filled = ops.reshape(rank < indices.gather(counts, expert)[:, None], (-1,))
+    source = ops.reshape(rank + indices.gather(first_row, expert)[:, None], (-1,))
 
-    row = index_range(num_rows)
-    expert_of_row = tf.searchsorted(last_row, row, side="right", out_type=tf.int64)
-    place = row - tf.gather(first_row, expert_of_row)
-    place += tf.gather(first_block, expert_of_row) * places
+    row = indices.index_range(num_rows)
+    expert_of_row = indices.run_of(last_row, row)
+    place = row - indices.gather(first_row, expert_of_row)
+    place += indices.gather(first_block, expert_of_row) * places
     kept = expert_of_row < num_experts
 
-    nothing = tf.zeros([], tf.int64)
-    source, place = tf.where(filled, source, nothing), tf.where(kept, place, nothing)
+    nothing = ops.zeros((), indices.INDEX)
+    source, place = ops.where(filled, source, nothing), ops.where(kept, place, nothing)
     blocks = rearrange(rows, source, place, filled, kept)
-    blocks = tf.reshape(blocks, [num_blocks, size, rows.shape[-1]])
-    y = function(blocks, *[spread(bank, expert) for bank in banks])
-    return rearrange(tf.reshape(y, [-1, y.shape[-1]]), place, source, kept, filled)
+    blocks = ops.reshape(blocks, (num_blocks, size, rows.shape[-1]))
+    y = function(blocks, *[indices.spread(bank, expert) for bank in banks])
+    return rearrange(ops.reshape(y, (-1, y.shape[-1])), place, source, kept, filled)

@@ -1,6 +1,8 @@
 """The most rows of an expert."""
 
-import tensorflow as tf
+import math
+
+from keras import ops
 
 
 def expert_capacity(factor, k, num_examples, num_experts):
@@ -15,7 +17,8 @@ def expert_capacity(factor, k, num_examples, num_experts):
     Returns:
         An integer or an int32 scalar, as `num_examples`.
     """
-    even_share = tf.cast(num_examples, tf.float64) * (factor * k) / num_experts
-    capacity = tf.minimum(tf.cast(tf.math.ceil(even_share), tf.int32), num_examples)
-    known = tf.get_static_value(capacity)
-    return capacity if known is None else int(known)
+    if isinstance(k, int) and isinstance(num_examples, int):
+        return min(math.ceil(num_examples * (factor * k) / num_experts), num_examples)
+    even_share = ops.cast(num_examples, "float64") * (factor * ops.cast(k, "float64"))
+    even_share /= num_experts
+    return ops.minimum(ops.cast(ops.ceil(even_share), "int32"), num_examples)

@@ -5,9 +5,9 @@ gates; `collect` brings them back as they are. Each of these is a gather whose i
 each gradient is again a gather: nothing is scattered and nothing is sparse.
 """
 
-import tensorflow as tf
+from keras import ops
 
-from keras_moe.dispatch.devices import by_device, densified
+from keras_moe.backend import devices, gradients, indices
 
 
 def dispatch(x, plan):
@@ -20,18 +20,15 @@ def dispatch(x, plan):
     Returns:
         Float tensor [R, D]; with a capacity [N, C, D], zeros in empty places.
     """
-
-    @tf.custom_gradient
-    def gather(x):
-        def gradient(upstream):
-            return _sum_over_choices(upstream, plan)
-
-        return _take_rows(x, plan.example, plan), gradient
-
-    rows = gather(x)
+    rows = gradients.with_gradient(
+        lambda x, plan: _take_rows(x, plan.example, plan),
+        lambda upstream, x, plan: [_sum_over_choices(upstream, plan)],
+        [x],
+        [plan],
+    )
     if plan.rows_per_expert is not None:
         return rows
-    return tf.reshape(rows, [plan.num_experts, plan.capacity, x.shape[-1]])
+    return ops.reshape(rows, (plan.num_experts, plan.capacity, x.shape[-1]))
 
 
 def combine(rows, gates, plan):
@@ -46,23 +43,19 @@ def combine(rows, gates, plan):
         Tensor [T, D] of the dtype of `rows`.
     """
 
-    @tf.custom_gradient
-    def weighted_sum(rows, gates):
-        def gradient(upstream):
-            # Both gradients need the upstream row of each choice, in the order of the rows.
-            per_row = _take_rows(upstream, plan.example, plan)
-            weight = _take_rows(tf.reshape(gates, [-1, 1]), plan.choice, plan)
-            per_choice = tf.reduce_sum(
-                tf.cast(per_row, gates.dtype) * tf.cast(rows, gates.dtype), axis=-1
-            )
-            return (
-                per_row * tf.cast(weight, rows.dtype),
-                take(per_choice, plan.position, plan.kept),
-            )
+    def weighted_sum(rows, gates, plan):
+        return _sum_over_choices(rows, plan, ops.cast(gates, rows.dtype))
 
-        return _sum_over_choices(rows, plan, tf.cast(gates, rows.dtype)), gradient
+    def gradient(upstream, rows, gates, plan):
+        # Both gradients need the upstream row of each choice, in the order of the rows.
+        per_row = _take_rows(upstream, plan.example, plan)
+        weight = _take_rows(ops.reshape(gates, (-1, 1)), plan.choice, plan)
+        per_choice = ops.sum(ops.cast(per_row, gates.dtype) * ops.cast(rows, gates.dtype), axis=-1)
+        of_rows = per_row * ops.cast(weight, rows.dtype)
+        return [of_rows, take(per_choice, plan.position, plan.kept)]
 
-    return weighted_sum(tf.reshape(rows, [-1, rows.shape[-1]]), gates)
+    rows = ops.reshape(rows, (-1, rows.shape[-1]))
+    return gradients.with_gradient(weighted_sum, gradient, [rows, gates], [plan])
 
 
 def collect(rows, plan):
@@ -76,15 +69,16 @@ def collect(rows, plan):
         Float tensor [T·K, D]: row t·K + k is that of choice k of example t, zeros if it is dropped.
     """
 
-    @tf.custom_gradient
-    def gather(rows):
-        def gradient(upstream):
-            return _take_rows(upstream, plan.choice, plan)
+    def by_choice(rows, plan):
+        kept = None if plan.kept is None else ops.reshape(plan.kept, (-1,))
+        return take(rows, ops.reshape(plan.position, (-1,)), kept)
 
-        kept = None if plan.kept is None else tf.reshape(plan.kept, [-1])
-        return take(rows, tf.reshape(plan.position, [-1]), kept), gradient
-
-    return gather(tf.reshape(rows, [-1, rows.shape[-1]]))
+    return gradients.with_gradient(
+        by_choice,
+        lambda upstream, rows, plan: [_take_rows(upstream, plan.choice, plan)],
+        [ops.reshape(rows, (-1, rows.shape[-1]))],
+        [plan],
+    )
 
 
 def rearrange(x, index, inverse, filled=None, kept=None):
@@ -100,22 +94,19 @@ def rearrange(x, index, inverse, filled=None, kept=None):
     Returns:
         Tensor [B, D].
     """
-
-    @tf.custom_gradient
-    def gather(x):
-        def gradient(upstream):
-            return take(upstream, inverse, kept)
-
-        return take(x, index, filled), gradient
-
-    return gather(x)
+    return gradients.with_gradient(
+        lambda x, there, back: take(x, *there),
+        lambda upstream, x, there, back: [take(upstream, *back)],
+        [x],
+        [(index, filled), (inverse, kept)],
+    )
 
 
 def of_one_example(routing):
-    """Experts of a single example, int64 [K], 0 for a choice that counts for nothing, and gates."""
+    """Experts of a single example, [K], 0 for a choice that counts for nothing, and the gates."""
     gates = routing.gates[0]
-    expert = tf.cast(routing.expert_index, tf.int64)[0]
-    return tf.where(gates > 0, expert, tf.zeros([], tf.int64)), gates
+    expert = ops.cast(routing.expert_index, indices.INDEX)[0]
+    return ops.where(gates > 0, expert, ops.zeros((), indices.INDEX)), gates
 
 
 def as_batch(row):
@@ -125,36 +116,17 @@ def as_batch(row):
     of both (seen with 2.21). So none may imply that there is one example: the branch takes slices
     of its inputs, and this takes a slice of the gradient.
     """
-
-    @tf.custom_gradient
-    def call(row):
-        return tf.identity(row), lambda upstream: upstream[:1]
-
-    return call(row)
+    return gradients.with_gradient(devices.same, lambda upstream, row: [upstream[:1]], [row])
 
 
 def take(x, index, valid=None):
     """x[index] along the first axis, zeros where `valid` is `False` (whatever is in `x` there)."""
-    taken = tf.gather(x, index)
+    taken = indices.gather(x, index)
     if valid is None:
         return taken
     if len(taken.shape) > len(valid.shape):
         valid = valid[..., None]
-    return tf.where(valid, taken, tf.zeros([], taken.dtype))
-
-
-def spread(table, index):
-    """table[index] along the first axis. Each row's gradient is a sum, and all of it dense."""
-    index = tf.identity(index)  # The gradient closes over it: see `devices.captured`.
-
-    @tf.custom_gradient
-    def gather(table):
-        def gradient(upstream):
-            return tf.math.unsorted_segment_sum(upstream, index, table.shape[0])
-
-        return tf.gather(table, index), gradient
-
-    return gather(tf.convert_to_tensor(table))
+    return ops.where(valid, taken, ops.zeros((), taken.dtype))
 
 
 def _sum_over_choices(rows, plan, weights=None):
@@ -162,31 +134,30 @@ def _sum_over_choices(rows, plan, weights=None):
 
     def term(k):
         kept = None if plan.kept is None else plan.kept[:, k]
-        taken = take(densified(rows), plan.position[:, k], kept)
+        taken = take(devices.densified(rows), plan.position[:, k], kept)
         return taken if weights is None else taken * weights[:, k, None]
 
     def one_by_one():
-        if plan.position.shape[1] is not None:
-            return sum((term(k) for k in range(1, plan.position.shape[1])), start=term(0))
+        num_examples, k = ops.shape(plan.position)
+        if isinstance(k, int):
+            return sum((term(i) for i in range(1, k)), start=term(0))
         # The gating decides K anew for every batch.
-        start = tf.zeros([tf.shape(plan.position)[0], rows.shape[-1]], rows.dtype)
-        _, total = tf.while_loop(
-            lambda k, _: k < tf.shape(plan.position)[1],
-            lambda k, total: (k + 1, total + term(k)),
-            (0, start),
+        start = ops.zeros((num_examples, rows.shape[-1]), rows.dtype)
+        _, total = ops.while_loop(
+            lambda i, _: i < k, lambda i, total: (i + 1, total + term(i)), (0, start)
         )
         return total
 
     def at_once():
-        taken = take(densified(rows), plan.position, plan.kept)
-        return tf.reduce_sum(taken if weights is None else taken * weights[..., None], axis=1)
+        taken = take(devices.densified(rows), plan.position, plan.kept)
+        return ops.sum(taken if weights is None else taken * weights[..., None], axis=1)
 
-    return by_device(one_by_one, at_once)
+    return devices.by_device(one_by_one, at_once)
 
 
 def _take_rows(x, index, plan):
     """x[index], zeros where `index` is that of the row behind the last one."""
     if plan.capacity is None:  # There are no empty places.
-        return tf.gather(x, index)
-    zeros = tf.zeros([1, x.shape[-1]], x.dtype)
-    return tf.gather(tf.concat([x, zeros], axis=0), index)
+        return indices.gather(x, index)
+    zeros = ops.zeros((1, x.shape[-1]), x.dtype)
+    return indices.gather(ops.concatenate([x, zeros]), index)

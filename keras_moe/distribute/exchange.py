@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_moe import dispatch
-from keras_moe.dispatch import xla
-from keras_moe.distribute import collectives, internals
+from keras_moe.backend import collectives
+from keras_moe.backend.tensorflow import replicas as internals
+from keras_moe.backend.tensorflow import xla
 
 _ROUNDS = 4  # under XLA, if every two replicas have as many rows for each other as they may
 

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from keras_moe import dispatch
-from keras_moe.distribute import collectives
+from keras_moe.backend import collectives
 
 
 def drop_beyond(capacity, routing, num_experts):

@@ -1,10 +1,8 @@
 """Seeds that differ from replica to replica, and are the same when a step is recomputed."""
 
 import keras
-import tensorflow as tf
 
-from keras_moe.contract.outer_recomputation import Draws
-from keras_moe.distribute import collectives
+from keras_moe.backend import collectives, outer_recomputation
 
 
 class ReplicaSeedGenerator(keras.random.SeedGenerator):
@@ -17,14 +15,10 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
 
     def __init__(self, seed=None, **kwargs):
         super().__init__(seed, **kwargs)
-        self._draws = Draws()
+        self._draws = outer_recomputation.Draws()
 
     def next(self, ordered=True):
         return self._draws.next(lambda: self._next(ordered))
 
     def _next(self, ordered):
-        seed = super().next(ordered)
-        if collectives.num_replicas() == 1:
-            return seed
-        folded = tf.random.fold_in(tf.cast(seed, tf.int32), collectives.replica())
-        return tf.cast(folded, seed.dtype)
+        return collectives.of_replica(super().next(ordered))

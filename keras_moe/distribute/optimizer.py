@@ -7,7 +7,8 @@ the inner optimizer; `internals.py` tells why.
 import keras
 import tensorflow as tf
 
-from keras_moe.distribute import collectives, internals
+from keras_moe.backend import collectives
+from keras_moe.backend.tensorflow import replicas as internals
 from keras_moe.distribute.sharded_variable import ShardedVariable, sharded_like_references
 
 

@@ -5,8 +5,8 @@ import contextlib
 import numpy as np
 import tensorflow as tf
 
-from keras_moe.dispatch.tracing import tracing_saved_model
-from keras_moe.distribute import internals
+from keras_moe.backend.tensorflow import replicas as internals
+from keras_moe.backend.tensorflow.tracing import tracing_saved_model
 
 
 class ShardedVariable(internals.VariableOfShards):

@@ -16,13 +16,18 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_size
+from keras_moe.backend import (
+    STATIC_SHAPES,
+    grouped_products,
+    one_example,
+    recomputation,
+    vectorization,
+)
 from keras_moe.contract.inputs import as_input, as_numbers
-from keras_moe.dispatch import grouped_products, loops, one_example
+from keras_moe.contract.recomputing import recomputing
 from keras_moe.dispatch.blocks import block_by_block
-from keras_moe.dispatch.devices import captured
-from keras_moe.dispatch.recomputation import recomputed, recomputing
-from keras_moe.dispatch.vectorization import matmul_each
-from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
+from keras_moe.dispatch.products import in_blocks
+from keras_moe.distribute.support import check_expert_parallel
 from keras_moe.experts.initializers import PerExpert
 from keras_moe.experts.int8 import Int8Kernels
 from keras_moe.experts.regularizers import of_each_expert
@@ -49,7 +54,9 @@ def takes_one_example(bank):
 
 
 def _product(rows, kernel):
-    return matmul_each(rows, ops.cast(kernel, rows.dtype))  # It may be stored in another dtype.
+    return vectorization.matmul_each(
+        rows, ops.cast(kernel, rows.dtype)
+    )  # It may be stored in another dtype.
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -132,8 +139,8 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.recompute = recompute
         self.static_shapes = static_shapes
-        self.expert_parallel = expert_parallel
-        self.supports_jit = static_shapes
+        self.expert_parallel = check_expert_parallel(expert_parallel)
+        self.supports_jit = static_shapes or STATIC_SHAPES
 
     def build(self, input_shape):
         self.input_spec = keras.InputSpec(min_ndim=2, max_ndim=3, axes={-1: input_shape[-1]})
@@ -141,6 +148,8 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         if not self.expert_parallel:
             self._add_weights(input_shape)
             return
+        from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
+
         with sharded_rows(self.num_experts):
             self._add_weights(input_shape)
         for variable in self.weights:
@@ -198,38 +207,30 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         if experts is not None:
             function = functools.partial(self._feed_forward, product=one_example.row_times)
             return one_example.of_each(function, rows, experts, banks)
-        if rows_per_expert is None or self.static_shapes:
-            function = recomputed(self._feed_forward) if self.recompute else self._feed_forward
+        if rows_per_expert is None or in_blocks(self.static_shapes):
+            function = (
+                recomputation.recomputed(self._feed_forward)
+                if self.recompute
+                else self._feed_forward
+            )
             if rows_per_expert is None:
                 return function(rows, *banks)
             return block_by_block(function, rows, rows_per_expert, banks)
-        layout = grouped_products.lay_out(rows_per_expert, ops.shape(rows)[0])
-        function, forward = functools.partial(self._feed_forward, layout=layout), None
-        if not training:
-            forward = self._forward(layout)
-        if forward or self.recompute:
-            function = recomputed(function, forward)
-        return function(rows, *banks)
+        return grouped_products.apply(
+            self._feed_forward,
+            rows,
+            rows_per_expert,
+            banks,
+            self.kernels[-1].shape[-1],
+            training=training,
+            recompute=self.recompute,
+        )
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Under `keras.RematScope` as with `recompute`."""
         if super().rematerialized_call(layer_call, *args, **kwargs) is layer_call:
             return layer_call
         return recomputing(layer_call, [self])
-
-    def _forward(self, layout):
-        """The fastest way without a backward pass."""
-        width = self.kernels[-1].shape[-1]
-
-        def in_one_loop(rows, *banks):
-            return loops.apply(self._feed_forward, rows, layout.rows_per_expert, banks, width)
-
-        def in_places(*arguments):
-            return self._feed_forward(*captured(arguments), layout=captured(layout))
-
-        return lambda *arguments: grouped_products.by_layout(
-            layout, lambda: in_one_loop(*arguments), lambda: in_places(*arguments)
-        )
 
     def _feed_forward(self, rows, *parameters, layout=None, product=_product):
         """One expert on its rows [M, D], G of them on theirs [G, M, D], or all on sorted rows."""

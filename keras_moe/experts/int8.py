@@ -6,8 +6,9 @@ each of its F outputs, of which the largest weight has 127. Activations stay as 
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
+
+from keras_moe.backend import devices, gradients
 
 
 class Int8Kernels:
@@ -79,12 +80,12 @@ def _quantized(kernels):
     return values, scales
 
 
-@tf.custom_gradient
 def _refuse_gradient(y):
-    def gradient(upstream):
-        raise ValueError(
-            "Experts in int8 are there to be used, not to be trained: no gradient passes them. "
-            "Train before `quantize`, or load the weights from before into a new model."
-        )
+    return gradients.with_gradient(devices.same, _refusal, [y])
 
-    return tf.identity(y), gradient
+
+def _refusal(upstream, y):
+    raise ValueError(
+        "Experts in int8 are there to be used, not to be trained: no gradient passes them. "
+        "Train before `quantize`, or load the weights from before into a new model."
+    )

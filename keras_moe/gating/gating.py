@@ -12,10 +12,11 @@ from keras_moe import losses
 from keras_moe.arguments import check_size, check_weight
 from keras_moe.contract.inputs import as_input, as_mask
 from keras_moe.contract.own_losses import OwnLosses
+from keras_moe.contract.symbolic_calls import TracedWithANumber
 from keras_moe.saving import CheckedVariables
 
 
-class Gating(OwnLosses, CheckedVariables, keras.layers.Layer):
+class Gating(TracedWithANumber, OwnLosses, CheckedVariables, keras.layers.Layer):
     """What all gating layers share: the number of experts, float32, and the router z-loss."""
 
     def __init__(self, num_experts, router_z_loss_weight=0.0, **kwargs):

@@ -10,11 +10,10 @@ from keras import ops
 
 from keras_moe import dispatch, losses
 from keras_moe.arguments import check_pair, check_size
-from keras_moe.dispatch import exact, grouped_products
-from keras_moe.dispatch.choices import leaves, sum_by_expert
-from keras_moe.distribute import collectives
-from keras_moe.distribute.exchange import on_their_replicas
-from keras_moe.distribute.sharded_variable import sharded_rows
+from keras_moe.backend import STATIC_SHAPES, choices, collectives, exact
+from keras_moe.dispatch.products import exact_products
+from keras_moe.distribute.support import check_expert_parallel
+from keras_moe.gating.leaves import leaves
 from keras_moe.gating.noisy_top_k import NoisyGating
 from keras_moe.gating.routing import Routing, make_routing
 
@@ -95,8 +94,8 @@ class HierarchicalGating(NoisyGating):
         self.experts_per_group = experts_per_group
         self.k = k
         self.static_shapes = static_shapes
-        self.expert_parallel = expert_parallel
-        self.supports_jit = static_shapes
+        self.expert_parallel = check_expert_parallel(expert_parallel)
+        self.supports_jit = static_shapes or STATIC_SHAPES
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -111,6 +110,8 @@ class HierarchicalGating(NoisyGating):
     def _add_secondary(self, name, *shape):
         if not self.expert_parallel:
             return self.add_kernel(name, *shape)
+        from keras_moe.distribute.sharded_variable import sharded_rows
+
         with sharded_rows(self.num_groups, "groups"):
             return self.add_kernel(name, *shape)
 
@@ -156,14 +157,14 @@ class HierarchicalGating(NoisyGating):
         """Each example times the kernels of its groups: of each [T·K_primary, B], by choices."""
 
         def products(rows, plan):
-            return grouped_products.exact_products(
-                rows, kernels, plan.rows_per_expert, self.static_shapes
-            )
+            return exact_products(rows, kernels, plan.rows_per_expert, self.static_shapes)
 
         if not self.expert_parallel or collectives.num_replicas() == 1:
             plan = dispatch.make_plan(primary, self.num_groups)
             rows = products(dispatch.dispatch(x, plan), plan)
             return [dispatch.collect(part, plan) for part in rows]
+        from keras_moe.distribute.exchange import on_their_replicas
+
         collectives.check_can_communicate()
         num_local = self.num_groups // collectives.num_replicas()
         plan = dispatch.make_plan(primary, self.num_groups)
@@ -184,7 +185,7 @@ class HierarchicalGating(NoisyGating):
         counted = ops.logical_and(received, ops.isfinite(chances))
         chances = ops.where(counted, chances, 0.0)
         chances = ops.reshape(chances, (*ops.shape(primary.gates), self.experts_per_group))
-        return sum_by_expert(chances, primary.expert_index, self.num_groups)
+        return choices.sum_by_expert(chances, primary.expert_index, self.num_groups)
 
     def expert_axis(self, variable):
         axes = {"primary": 1, "primary_noise": 1, "secondary": 0, "secondary_noise": 0}

@@ -5,8 +5,9 @@ from keras import ops
 
 from keras_moe import dispatch
 from keras_moe.arguments import check_pair, check_size
-from keras_moe.dispatch import exact, grouped_products
-from keras_moe.dispatch.choices import leaves
+from keras_moe.backend import exact
+from keras_moe.dispatch.products import exact_products
+from keras_moe.gating.leaves import leaves
 from keras_moe.gating.routing import make_routing
 from keras_moe.gating.strictly_balanced import (
     BalancedGating,
@@ -118,7 +119,7 @@ class HierarchicalBalancedGating(BalancedGating):
         """Each example times the kernels of its groups: [T·K_primary, B], by choices."""
         plan = dispatch.make_plan(primary, self.num_groups)
         rows = dispatch.dispatch(x, plan)
-        (products,) = grouped_products.exact_products(
+        (products,) = exact_products(
             rows, [self.secondary], plan.rows_per_expert, self.static_shapes
         )
         return dispatch.collect(products, plan)

@@ -6,8 +6,7 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.arguments import check_k, check_positive
-from keras_moe.dispatch import exact
-from keras_moe.dispatch.choices import top_k
+from keras_moe.backend import choices, exact
 from keras_moe.distribute.noise import ReplicaSeedGenerator
 from keras_moe.gating.gating import Gating, softmax, spoil
 from keras_moe.gating.routing import make_routing
@@ -50,7 +49,7 @@ class NoisyGating(Gating):
         # NaN has no order, and no backend promises what its sort makes of one.
         logits = ops.where(logits > LOWEST, logits, LOWEST)
         # One more than K: the load asks for the threshold below the last choice.
-        top_logits, top_index = top_k(logits, min(k + 1, num_choices))
+        top_logits, top_index = choices.top_k(logits, min(k + 1, num_choices))
         chosen = top_logits[:, :k]
         gates = softmax(chosen, competing=logits) if k == 1 else ops.softmax(chosen)
         gates = spoil(gates, chosen[:, :1] == LOWEST)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.dispatch import exact
+from keras_moe.backend import exact
 from keras_moe.gating.gating import Gating, softmax
 from keras_moe.gating.routing import make_routing
 

@@ -5,9 +5,7 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.arguments import check_k, check_weight
-from keras_moe.dispatch import exact
-from keras_moe.dispatch.choices import INDEX, rank, sum_by_expert, top_k
-from keras_moe.dispatch.vectorization import largest_of_turns
+from keras_moe.backend import STATIC_SHAPES, choices, exact, indices, vectorization
 from keras_moe.gating.gating import Gating, softmax, spoil
 from keras_moe.gating.routing import make_routing
 
@@ -19,7 +17,7 @@ class BalancedGating(Gating):
         super().__init__(num_experts, **kwargs)
         self.batchwise_loss_weight = check_weight("batchwise_loss_weight", batchwise_loss_weight)
         self.static_shapes = static_shapes
-        self.supports_jit = static_shapes
+        self.supports_jit = static_shapes or STATIC_SHAPES
 
     def choose(self, scores, thresholds, counted, kept=None):
         """Takes what the batch keeps in training, and what is above the thresholds otherwise.
@@ -40,17 +38,17 @@ class BalancedGating(Gating):
             if self.batchwise_loss_weight:
                 self._add_batchwise_loss(above, chosen, scores, thresholds)
 
-        # By multiplication: an example with NaN keeps it to itself.
-        kept_scores = scores * ops.cast(chosen, scores.dtype)
+        # An example with NaN keeps it, to itself.
+        kept_scores = ops.where(ops.logical_or(chosen, ops.isnan(scores)), scores, 0.0)
         total = ops.sum(kept_scores, axis=-1, keepdims=True)
         gates = kept_scores / ops.where(total == 0, 1.0, total)
         # Counted in floats, which a GPU adds up itself. At least 1, also of no examples, of which
         # the largest count would be minus infinity.
         counts = ops.sum(ops.cast(chosen, scores.dtype), axis=-1)
         most = ops.max(ops.append(counts, ops.ones(1, scores.dtype)))
-        most = largest_of_turns(ops.cast(most, "int32"))
+        most = vectorization.largest_of_turns(ops.cast(most, "int32"))
         ordered = ops.where(ops.isnan(gates), -1.0, gates)  # NaN has no order.
-        gates, index = top_k(ordered, scores.shape[-1] if self.static_shapes else most)
+        gates, index = choices.top_k(ordered, scores.shape[-1] if self.supports_jit else most)
         return index, spoil(gates, gates < 0)
 
     def _add_batchwise_loss(self, above, chosen, scores, thresholds):
@@ -147,11 +145,11 @@ def scored(logits, mask):
 def keep_best(scores, counted, k, mask):
     """M_batchwise (equation 18), bool [T, N]: which examples each expert keeps."""
     if mask is None:
-        number = ops.cast(ops.shape(scores)[0], INDEX)
+        number = ops.cast(ops.shape(scores)[0], indices.INDEX)
     else:
-        number = ops.sum(ops.cast(mask, INDEX))
+        number = ops.sum(ops.cast(mask, indices.INDEX))
     share = _share(number, k, scores.shape[-1])
-    return ops.logical_and(counted, rank(_candidates(scores, counted)) < share)
+    return ops.logical_and(counted, choices.rank(_candidates(scores, counted)) < share)
 
 
 def keep_best_of_groups(scores, counted, k, group, received, num_groups):
@@ -169,9 +167,11 @@ def keep_best_of_groups(scores, counted, k, group, received, num_groups):
         Boolean tensor [R, B].
     """
     # By score within their group; who is in none comes last.
-    home = ops.where(received, ops.cast(group, INDEX), num_groups)
-    ranks = rank(_candidates(scores, counted), home)
-    number = ops.cast(sum_by_expert(ops.cast(received, scores.dtype), group, num_groups), INDEX)
+    home = ops.where(received, ops.cast(group, indices.INDEX), num_groups)
+    ranks = choices.rank(_candidates(scores, counted), home)
+    number = ops.cast(
+        choices.sum_by_expert(ops.cast(received, scores.dtype), group, num_groups), indices.INDEX
+    )
     ranks -= ops.take(ops.cumsum(number) - number, group)[:, None]
     share = _share(number, k, scores.shape[-1])
     return ops.logical_and(counted, ranks < ops.take(share, group)[:, None])

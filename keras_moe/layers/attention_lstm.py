@@ -1,10 +1,10 @@
 """An LSTM that reads, besides its input, what its last output attends to."""
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 from keras_moe.arguments import check_size
+from keras_moe.backend import recurrence
 from keras_moe.contract.freezing import FreezableParts
 from keras_moe.contract.inputs import as_input, as_mask
 from keras_moe.layers.product_attention import AdditiveAttention, ProductAttention
@@ -75,18 +75,13 @@ class AttentionLSTM(FreezableParts, keras.layers.Layer):
         x, source = as_input(self, x), as_input(self, source)
         memory = self.attention.remember(source, as_mask(source_mask, source))
         size, length = ops.shape(x)[0], ops.shape(x)[1]
-        steps = tf.TensorArray(x.dtype, length, element_shape=x.shape[:1] + x.shape[2:])
-        steps = steps.unstack(ops.swapaxes(x, 0, 1))
-        made = [tf.TensorArray(x.dtype, length) for _ in range(1 + return_attention_scores)]
+        number = 1 + return_attention_scores
 
-        def step(t, states, made):
-            h, states, weights = self.step(steps.read(t)[:, None], states, memory)
-            results = [h[:, 0], weights[:, 0]][: len(made)]
-            return t + 1, states, [a.write(t, r) for a, r in zip(made, results, strict=True)]
+        def step(x, states):
+            h, states, weights = self.step(x[:, None], states, memory)
+            return [h[:, 0], weights[:, 0]][:number], states
 
-        start = (tf.constant(0), self.initial_states(size, 1), made)
-        _, _, made = tf.while_loop(lambda t, *_: t < length, step, start, maximum_iterations=length)
-        outputs = [ops.swapaxes(array.stack(), 0, 1) for array in made]
+        outputs = recurrence.over_time(step, x, self.initial_states(size, 1), number)
         outputs[0] = ops.reshape(outputs[0], (size, length, self.projection))
         return tuple(outputs) if return_attention_scores else outputs[0]
 

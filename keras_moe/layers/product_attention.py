@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 from keras_moe.arguments import check_size
@@ -121,12 +120,12 @@ class ProductAttention(FreezableParts, keras.layers.Layer):
         scores = ops.matmul(ops.tanh(query) * self.scale, key)
         # The softmax of a long source needs the precision of float32.
         scores = ops.cast(scores, keras.backend.result_type(scores.dtype, "float32"))
-        # Not by Keras' softmax, which warns of a source of one step.
+        # Not by `ops.softmax`, which warns of a source of one step.
         if memory.mask is None:
-            weights = tf.nn.softmax(scores)
+            weights = keras.activations.softmax(scores)
         else:
             mask = memory.mask[:, None, :]
-            weights = ops.where(mask, tf.nn.softmax(ops.where(mask, scores, -1e9)), 0.0)
+            weights = ops.where(mask, keras.activations.softmax(ops.where(mask, scores, -1e9)), 0.0)
         weights = ops.cast(weights, self.compute_dtype)
         return ops.matmul(weights, memory.value), weights
 

@@ -1,10 +1,11 @@
 """A softmax over a large vocabulary that is trained on samples of it."""
 
 import keras
-import tensorflow as tf
+import numpy as np
 from keras import ops
 
 from keras_moe.arguments import check_size
+from keras_moe.backend import STATIC_SHAPES, indices, vocabulary
 from keras_moe.contract.inputs import as_input
 
 
@@ -52,7 +53,11 @@ class SampledSoftmax(keras.layers.Dense):
             num_sampled = min(check_size("num_sampled", num_sampled), vocabulary_size)
         self.num_sampled = num_sampled
         self.seed = seed
-        self.supports_jit = num_sampled is None  # XLA has no log-uniform sampler.
+        # The XLA of TensorFlow has no log-uniform sampler.
+        self.supports_jit = num_sampled is None or STATIC_SHAPES
+        if num_sampled is not None:
+            self._sampler = vocabulary.LogUniformSampler(self.num_sampled, vocabulary_size, seed)
+            self.seed_generator = self._sampler.generator
 
     def call(self, hidden, training=None):
         return super().call(as_input(self, hidden), training=training)
@@ -69,30 +74,22 @@ class SampledSoftmax(keras.layers.Dense):
         """
         if self.num_sampled is None:
             return self._whole_loss(hidden, targets)
-        drawn, target_chances, chances = tf.random.log_uniform_candidate_sampler(
-            tf.cast(targets, "int64")[:, None],
-            num_true=1,
-            num_sampled=self.num_sampled,
-            unique=True,
-            range_max=self.units,
-            seed=self.seed,
-        )
-        targets, drawn = tf.cast(targets, "int32"), tf.cast(drawn, "int32")
-        words = tf.concat([targets, drawn], axis=0)
+        drawn, target_chances, chances = self._sampler(targets, self.seed)
+        targets = ops.cast(targets, "int32")
+        words = ops.concatenate([targets, drawn])
         dtype = self._loss_dtype
-        hidden = tf.cast(hidden, dtype)
-        kernel = tf.cast(tf.gather(tf.transpose(self.kernel), words), dtype)
-        bias = tf.cast(tf.gather(tf.convert_to_tensor(self.bias), words), dtype)
+        hidden = ops.cast(hidden, dtype)
+        kernel = ops.cast(indices.gather(ops.transpose(self.kernel), words), dtype)
+        bias = ops.cast(indices.gather(indices.tensor(self.bias), words), dtype)
         # Float32 as they come: the chance of a rare word is nothing in float16.
-        bias -= tf.cast(tf.math.log(tf.concat([target_chances[:, 0], chances], axis=0)), dtype)
+        bias -= ops.cast(ops.log(ops.concatenate([target_chances, chances])), dtype)
 
-        num_targets = tf.shape(targets)[0]
-        target = tf.reduce_sum(hidden * kernel[:num_targets], axis=1) + bias[:num_targets]
-        others = tf.matmul(hidden, kernel[num_targets:], transpose_b=True)
-        others = tf.nn.bias_add(others, bias[num_targets:])
+        num_targets = ops.shape(targets)[0]
+        target = ops.sum(hidden * kernel[:num_targets], axis=1) + bias[:num_targets]
+        others = ops.matmul(hidden, ops.transpose(kernel[num_targets:])) + bias[num_targets:]
         # A word is no rival of itself.
-        others = tf.where(drawn == targets[:, None], others.dtype.min, others)
-        return _cross_entropy(target, others)
+        others = ops.where(drawn == targets[:, None], _lowest(dtype), others)
+        return vocabulary.cross_entropy_beside(target, others)
 
     @property
     def _loss_dtype(self):
@@ -104,7 +101,7 @@ class SampledSoftmax(keras.layers.Dense):
         dtype = self.variable_dtype
         hidden, kernel, bias = (ops.cast(x, dtype) for x in (hidden, self.kernel, self.bias))
         logits = ops.cast(ops.matmul(hidden, kernel) + bias, self._loss_dtype)
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(tf.cast(targets, "int32"), logits)
+        return vocabulary.cross_entropy(ops.cast(targets, "int32"), logits)
 
     def get_config(self):
         layer = keras.layers.Layer.get_config(self)  # Dense has options that are fixed here.
@@ -116,19 +113,5 @@ class SampledSoftmax(keras.layers.Dense):
         }
 
 
-@tf.custom_gradient
-def _cross_entropy(target, others):
-    """-log of the softmax of one logit beside others: [T] and [T, S] to [T].
-
-    TensorFlow's takes both in one tensor, and labels as large: copies that cost as much again.
-    """
-    largest = tf.maximum(tf.reduce_max(others, axis=1), target)
-    target_share = tf.exp(target - largest)
-    shares = tf.exp(others - largest[:, None])
-    total = tf.reduce_sum(shares, axis=1) + target_share
-
-    def gradient(upstream):
-        scale = upstream / total
-        return scale * target_share - upstream, scale[:, None] * shares
-
-    return tf.math.log(total) + largest - target, gradient
+def _lowest(dtype):
+    return float(np.finfo(dtype).min)

@@ -7,11 +7,11 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.arguments import check_weight
-from keras_moe.contract.own_losses import OwnLosses, called_model, current_graph, layers_by_name
-from keras_moe.distribute import collectives
+from keras_moe.backend import STATIC_SHAPES, collectives, layer_metrics, tracing
+from keras_moe.contract.own_losses import OwnLosses, called_model, layers_by_name
 
 
-class CountsBalance(OwnLosses):
+class CountsBalance(layer_metrics.HasStateOfMetrics, OwnLosses):
     """Counts the balance of a layer's calls once the losses of these calls are read.
 
     A class that a layer inherits from before `keras.layers.Layer`. Training and evaluation read the
@@ -55,16 +55,16 @@ class CountsBalance(OwnLosses):
 
     def _add_to_metric(self, values):
         self._balance_has_own_name()
-        if current_graph() is self._uncounted.graph:
+        if tracing.current_graph() is self._uncounted.graph:
             self._uncounted.calls.append(values)
-        else:  # A loop or a branch, which the values cannot leave.
+        elif not STATIC_SHAPES:  # A loop or a branch, which state alone can leave, under JAX none.
             self._balance.update_state(values)
 
     def on_call_begins(self):
-        self._uncounted.begin(current_graph())
+        self._uncounted.begin(tracing.current_graph())
 
     def on_losses_read(self):
-        if current_graph() is self._uncounted.graph:
+        if tracing.current_graph() is self._uncounted.graph:
             for values in self._uncounted.calls:
                 self._balance.update_state(values)
             self._uncounted.calls.clear()
@@ -94,7 +94,7 @@ class _Uncounted:
         self.calls = []
 
 
-class Balance(keras.metrics.Metric):
+class Balance(layer_metrics.StateOfLayer, keras.metrics.Metric):
     """Several numbers, averaged over the batches.
 
     A single metric for all of them, whose result is a dict: `evaluate` lists a layer's metrics once
@@ -127,7 +127,7 @@ class Balance(keras.metrics.Metric):
 
     def result(self):
         """Returns a dict from `<layer>/<name>` to the average, 0 where there is none."""
-        means = ops.unstack(ops.divide_no_nan(self.total.value, self.count.value))
+        means = ops.unstack(ops.divide_no_nan(self.current(self.total), self.current(self.count)))
         return {
             f"{self.layer_name}/{name}": mean for name, mean in zip(self.names, means, strict=True)
         }

@@ -4,10 +4,12 @@ import contextlib
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from keras_moe.contract.own_losses import layers_by_name
 from keras_moe.mixture.sparse_moe import SparseMoE
+
+_INFINITE = -1  # `tf.data.INFINITE_CARDINALITY`
 
 
 def mixtures(model):
@@ -33,7 +35,7 @@ def routings(model, x, mixtures):
     Returns:
         Dict from the names to lists with one `Routing` per call of the layer.
     """
-    metrics = [(variable, variable.numpy()) for variable in model.metrics_variables]
+    metrics = [(variable, ops.convert_to_numpy(variable)) for variable in model.metrics_variables]
     with contextlib.ExitStack() as stack:
         routings = {
             name: stack.enter_context(layer.recorded_routings()) for name, layer in mixtures.items()
@@ -70,7 +72,7 @@ def check_batches(x):
                 "`x` is read several times, so it must be an array, a tf.data.Dataset or a list of "
                 f"batches. Received: {x!r}, which can be read once"
             )
-        if isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY:
+        if hasattr(x, "cardinality") and int(x.cardinality()) == _INFINITE:
             raise ValueError(
                 f"`x` must come to an end; `x.take(10)` has 10 batches. Received: {x!r}, which "
                 "repeats for ever"

@@ -10,10 +10,7 @@ import keras
 from keras import ops
 
 from keras_moe import dispatch
-from keras_moe.dispatch.recomputation import recomputed
-from keras_moe.distribute import collectives
-from keras_moe.distribute.exchange import on_their_replicas
-from keras_moe.distribute.global_capacity import drop_beyond
+from keras_moe.backend import collectives, recomputation
 from keras_moe.experts.feed_forward import takes_one_example
 
 _MOST_UNROLLED = 64  # K up to which an example's experts have operations of their own in the graph
@@ -50,6 +47,9 @@ def _here(bank, examples, routing, capacity=None):
 
 def _over_replicas(bank, examples, routing, capacity):
     """The same of the batch of all replicas: each one's rows go where their experts are."""
+    from keras_moe.distribute.exchange import on_their_replicas
+    from keras_moe.distribute.global_capacity import drop_beyond
+
     collectives.check_can_communicate()
     num_local = bank.num_experts // collectives.num_replicas()
     places, most, fraction_dropped = None, None, None
@@ -91,7 +91,7 @@ def _of_one_or_more(bank, examples, routing):
 
         return ops.cond(number == 1, lambda: along(_of_one), lambda: along(_of_more))
 
-    return recomputed(decide)(examples, routing.gates, *(v.value for v in variables))
+    return recomputation.recomputed(decide)(examples, routing.gates, *(v.value for v in variables))
 
 
 class _Given(keras.StatelessScope):

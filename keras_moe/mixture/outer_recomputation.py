@@ -2,9 +2,9 @@
 
 import contextlib
 
-from keras_moe.contract import outer_recomputation
+from keras_moe.backend import outer_recomputation
 from keras_moe.contract.own_losses import added_losses
-from keras_moe.dispatch.recomputation import recomputing
+from keras_moe.contract.recomputing import recomputing
 from keras_moe.experts.feed_forward import FeedForwardExperts
 
 

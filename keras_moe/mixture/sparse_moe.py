@@ -4,10 +4,10 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_capacity_factor, check_size, check_weight
-from keras_moe.contract import outer_recomputation
+from keras_moe.backend import devices, outer_recomputation
 from keras_moe.contract.freezing import FreezableParts, call_once
 from keras_moe.contract.inputs import as_examples, as_input, check_positions, refuse_ragged
-from keras_moe.dispatch.devices import for_any_device
+from keras_moe.contract.symbolic_calls import empty_output, is_symbolic, number_of_rows
 from keras_moe.gating.routing import check_routing
 from keras_moe.mixture.balance_metric import CountsBalance
 from keras_moe.mixture.mix import mix
@@ -213,17 +213,17 @@ class SparseMoE(FreezableParts, RecomputesExperts, RecordsRoutings, CountsBalanc
         width = input_shape[-1]
         self.input_spec = keras.InputSpec(min_ndim=2, max_ndim=4, axes={-1: width})
         # By a symbolic call, since a part of the user's own may have no `build`.
-        rows = keras.KerasTensor((None, width), self.compute_dtype)
+        rows = keras.KerasTensor((number_of_rows(), width), self.compute_dtype)
         if not self.gating.built:
             call_once(self.gating, rows)
-        if not self.experts.built:
-            call_once(self.experts, rows, keras.KerasTensor((self.num_experts,), "int32"))
-        if self.shared_experts is not None and not self.shared_experts.built:
-            numbers = keras.KerasTensor((self.num_shared_experts,), "int32")
-            call_once(self.shared_experts, rows, numbers)
+        for bank in (self.experts, self.shared_experts):
+            if bank is not None and not bank.built:
+                call_once(bank, rows, keras.KerasTensor((bank.num_experts,), "int32"))
 
     def call(self, x, training=None, mask=None):
-        with for_any_device(training):
+        if is_symbolic(x):
+            return empty_output(self, x)
+        with devices.for_any_device(training):
             return self._call(x, training, mask)
 
     def _call(self, x, training, mask):

@@ -6,13 +6,14 @@ longest hypothesis.
 
 from typing import Any, NamedTuple
 
-import tensorflow as tf
+import numpy as np
 
 from keras_moe.arguments import check_size, check_weight
+from keras_moe.backend.requirements import need_tensorflow
 
 # The log-probability of what is none: finite, as `tf.debugging.enable_check_numerics` stops at
 # infinity, and so that two of them can be added.
-NEVER = tf.float32.min / 4
+NEVER = np.finfo(np.float32).min / 4
 # A source step that nothing attended to would have the logarithm of 0.
 _LEAST_COVERAGE = 1e-10
 
@@ -108,6 +109,9 @@ def beam_search(
         ValueError: If `beam_width` is not an integer of at least 1, a penalty negative, or there
             is a coverage penalty without `source_mask`.
     """
+    need_tensorflow("Beam search", "Translate where KERAS_BACKEND=tensorflow.")
+    import tensorflow as tf
+
     check_size("beam_width", beam_width)
     alpha = check_weight("length_penalty", length_penalty)
     beta = check_weight("coverage_penalty", coverage_penalty)
@@ -219,6 +223,7 @@ def beam_search(
 
 def _trace_back(search, place, ends, end_id):
     """The words [B, W, L] of hypotheses whose last but the end have these places in the beam."""
+    import tensorflow as tf
 
     def step(i, place, ids):
         i -= 1
@@ -235,11 +240,15 @@ def _trace_back(search, place, ends, end_id):
 
 def _take(part, places):
     """Entries of [B, W, ...] at places [B, W']."""
+    import tensorflow as tf
+
     return tf.gather(part, places, batch_dims=1)
 
 
 def _steps_of(beam_width):
     """An array that grows with the steps, of int32 [B, W]."""
+    import tensorflow as tf
+
     return tf.TensorArray(
         tf.int32, 0, dynamic_size=True, clear_after_read=False, element_shape=[None, beam_width]
     )
@@ -247,6 +256,8 @@ def _steps_of(beam_width):
 
 def _any_batch(part):
     """The shape of a part in every step: B may be known before the first alone."""
+    import tensorflow as tf
+
     if isinstance(part, tf.TensorArray):
         return tf.TensorShape(None)
     return tf.TensorShape([None, *part.shape[1:]][: part.shape.rank])

@@ -3,8 +3,7 @@
 import math
 from typing import NamedTuple
 
-import tensorflow as tf
-
+from keras_moe.backend import compilation
 from keras_moe.mixture.sparse_moe import SparseMoE
 from keras_moe.models.language_model import LanguageModel
 from keras_moe.models.translation_model import TranslationModel
@@ -53,7 +52,7 @@ def footprint(model):
         A `Footprint`.
     """
     if not isinstance(model, (LanguageModel, TranslationModel)):
-        with tf.variable_creator_scope(_without_values):
+        with compilation.without_values():
             if isinstance(model, TranslationPreset):
                 model = TranslationModel.from_preset(model, VOCABULARY_SIZE)
             else:
@@ -65,12 +64,6 @@ def footprint(model):
         sum(_operations(layer) for layer in layers),
         sum(_size(w) for part in ([model] if whole else layers) for w in part.trainable_weights),
     )
-
-
-def _without_values(next_creator, **kwargs):
-    """Creates a variable of no size, of any shape: Keras knows the shape that it asked for."""
-    empty = {"initial_value": tf.zeros([0], kwargs["dtype"]), "shape": tf.TensorShape(None)}
-    return next_creator(**{**kwargs, **empty})
 
 
 def _build(model):

@@ -1,7 +1,7 @@
 """The paper's translation model: an encoder and a decoder with a mixture of experts each."""
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from keras_moe.arguments import as_sizes, check_size
 from keras_moe.layers import AttentionLSTM, ProjectedLSTM
@@ -242,22 +242,22 @@ class TranslationModel(WordModel):
         mask = source != PADDING_ID
         memory = self.attention_lstm.attention.remember(self.encode(source), mask)
         if max_length is None:
-            max_length = 2 * tf.reduce_sum(tf.cast(mask, tf.int32), axis=1) + 10
-        never = tf.one_hot(as_ids([PADDING_ID, *excluded]), self.vocabulary_size, True, False)
-        never = tf.reduce_any(never, axis=0)
+            max_length = 2 * ops.sum(ops.cast(mask, "int32"), axis=1) + 10
+        never = ops.one_hot(as_ids([PADDING_ID, *excluded]), self.vocabulary_size, dtype="bool")
+        never = ops.any(never, axis=0)
 
         def step(ids, states):
             log_probs, states, attention = self.step(ids, states, memory)
-            log_probs = tf.where(never, NEVER, tf.cast(log_probs, tf.float32))
+            log_probs = ops.where(never, NEVER, ops.cast(log_probs, "float32"))
             return log_probs, states, attention
 
-        size = tf.shape(source)[0]
+        size = ops.shape(source)[0]
         states = [self.attention_lstm.initial_states(size, 1)]
         for lstm in self.decoder_lstms:
             states.append(
-                [tf.zeros([size, 1, units], self.compute_dtype) for units in lstm.cell.state_size]
+                [ops.zeros((size, 1, units), self.compute_dtype) for units in lstm.cell.state_size]
             )
-        start = tf.fill([size], end_id)
+        start = ops.full((size,), end_id, "int32")
         options = {"end_id": end_id, "max_length": max_length, "source_mask": mask, **options}
         return beam_search(step, states, start, **options)
 

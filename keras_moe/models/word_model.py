@@ -5,9 +5,9 @@ import inspect
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
+from keras_moe.backend import STATIC_SHAPES, vocabulary
 from keras_moe.contract.freezing import FreezableParts
 from keras_moe.layers import SampledSoftmax
 from keras_moe.losses import in_floatx
@@ -48,7 +48,8 @@ class WordModel(FreezableParts, keras.Model):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.autocast = False  # Ids in a floating-point type would lose digits.
-        self.supports_jit = False  # The number of words that aren't padding is no static shape.
+        # The number of words that aren't padding is no static shape.
+        self.supports_jit = STATIC_SHAPES
         self.perplexity = Perplexity(name="perplexity")
         self._has_metrics = False
         self._class_weights = None
@@ -83,29 +84,48 @@ class WordModel(FreezableParts, keras.Model):
         softmax, and a graph, as that of `fit`, then doesn't compute it.
         """
         log_probs = self.softmax(hidden)
-        log_probs.hidden_states = hidden
+        vocabulary.remember(log_probs, hidden)
         return log_probs
 
     def cross_entropy(self, targets, predictions, training):
-        """Loss of each word of targets [B, L] that isn't padding, from what `call` returned."""
+        """Loss of each word of targets [B, L] that isn't padding, from what `call` returned.
+
+        With JAX, where no shape depends on data, of each position, 0 where there is no word.
+        """
         targets = as_ids(targets)
         words = targets != PADDING_ID
-        if training and hasattr(predictions, "hidden_states"):
-            return self.softmax.sampled_loss(predictions.hidden_states[words], targets[words])
-        return -tf.gather(predictions, targets, batch_dims=2)[words]
+        hidden = vocabulary.remembered(predictions)
+        if training and hidden is not None:
+            hidden, targets = (vocabulary.words_alone(x, words) for x in (hidden, targets))
+            losses = self.softmax.sampled_loss(hidden, targets)
+        else:
+            losses = -vocabulary.words_alone(vocabulary.of_words(predictions, targets), words)
+        is_word = vocabulary.is_word(words)
+        return losses if is_word is None else ops.where(is_word, losses, 0.0)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss of `compile`, or else the mean cross-entropy per word; and those of layers."""
         y = as_ids(y)
+        words = y != PADDING_ID
         losses = in_floatx(self.cross_entropy(y, y_pred, training))
-        weights = weights_of_words(sample_weight, y)
-        of_words = None if weights is None else weights[y != PADDING_ID]
+        weights, is_word = weights_of_words(sample_weight, y), vocabulary.is_word(words)
+        of_words = None if weights is None else vocabulary.words_alone(weights, words)
+        if is_word is not None:
+            counted = ops.cast(is_word, losses.dtype)
+            of_words = counted if of_words is None else of_words * counted
         self.perplexity.update_state(losses, of_words)
+        own = None
         if self.loss is None:
             # Of several replicas one may have no words. Keras takes the mean of all replicas.
-            number = ops.cast(ops.maximum(ops.size(losses), 1), losses.dtype)
-            self.add_loss(ops.sum(losses if weights is None else losses * of_words) / number)
-        return super().compute_loss(x, y, mask_padding(y_pred, y), weights, training)
+            number = ops.size(losses) if is_word is None else ops.sum(ops.cast(is_word, "int32"))
+            number = ops.cast(ops.maximum(number, 1), losses.dtype)
+            own = ops.sum(losses if of_words is None else losses * of_words) / number
+        if own is None or not STATIC_SHAPES:
+            if own is not None:
+                self.add_loss(own)
+            return super().compute_loss(x, y, mask_padding(y_pred, y), weights, training)
+        # Keras' JAX trainer has collected the losses of the call; it would not see another.
+        return sum(self.losses, start=own)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Updates the metrics of `compile`, and returns the values of all."""
@@ -159,8 +179,9 @@ class WordModel(FreezableParts, keras.Model):
             self.train_function = None  # The one that is there has other weights in its graph.
         return given
 
-    def train_step(self, data):
-        """One step of training, with the weights of classes."""
+    def train_step(self, *args):
+        """One step of training, with the weights of classes: of data, under JAX behind a state."""
+        *state, data = args
         if self.softmax.num_sampled is not None and (self._has_metrics or self.loss is not None):
             raise ValueError(
                 "Training by a sample of the vocabulary computes no log-probabilities for `loss` "
@@ -176,7 +197,7 @@ class WordModel(FreezableParts, keras.Model):
                     "them into one `sample_weight` [B, L]."
                 )
             data = x, y, ops.take(self._class_weights, as_ids(y))
-        return super().train_step(data)
+        return super().train_step(*state, data)
 
 
 @keras.saving.register_keras_serializable("keras_moe")

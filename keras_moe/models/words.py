@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.backend import indices
+
 PADDING_ID = 0
 
 
@@ -35,7 +37,7 @@ def weights_of_words(sample_weight, targets):
         return None
     weights = ops.cast(ops.convert_to_tensor(sample_weight), keras.config.floatx())
     # Of unknown rank where the same step had weights of texts before and has those of words now.
-    shape = weights.shape if weights.shape.rank is not None else (None, None)
+    shape = (None, None) if getattr(weights.shape, "rank", 0) is None else weights.shape
     fits = all(w in (n, 1, None) or n is None for w, n in zip(shape, targets.shape, strict=False))
     if len(shape) not in (1, 2) or not fits:
         raise ValueError(
@@ -44,7 +46,7 @@ def weights_of_words(sample_weight, targets):
         )
     # By the number of texts: else those of [B] would be broadcast along the words.
     size, number = ops.shape(targets)[0], ops.size(weights)
-    columns = ops.maximum(number // ops.maximum(size, 1), 1)
+    columns = indices.at_least(1, number // indices.at_least(1, size))
     return ops.broadcast_to(ops.reshape(weights, (size, columns)), ops.shape(targets))
 
 

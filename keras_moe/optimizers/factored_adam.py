@@ -3,10 +3,10 @@
 import re
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 from keras_moe.arguments import check_decay_rate, check_patterns, check_positive
+from keras_moe.backend import compilation, indices
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -90,8 +90,7 @@ class FactoredAdam(keras.optimizers.Optimizer):
             shapes = {"row_means": shape[:-1], "column_means": (*shape[:-2], shape[-1])}
         prefix = re.sub("[/:]", "_", path)
         # Held where the variable is, so that of experts in shards the slots are in shards as well.
-        beside = variable.value if isinstance(variable, keras.Variable) else variable
-        with tf.distribute.get_strategy().extended.colocate_vars_with(beside):
+        with compilation.beside(variable):
             return {
                 name: self.add_variable(shape, dtype=_slot_dtype(variable), name=f"{prefix}_{name}")
                 for name, shape in shapes.items()
@@ -106,7 +105,7 @@ class FactoredAdam(keras.optimizers.Optimizer):
         slots = self._slots[self._get_variable_index(variable)]
         dtype = _slot_dtype(variable)
         # That of an embedding comes as slices, of one row perhaps several: their sum is squared.
-        gradient = ops.cast(tf.convert_to_tensor(gradient), dtype)
+        gradient = ops.cast(indices.tensor(gradient), dtype)
         step = ops.cast(self.iterations + 1, dtype)
         alpha = ops.cast(learning_rate, dtype) * ops.sqrt(1 - ops.power(self.beta_2, step))
 
@@ -121,7 +120,7 @@ class FactoredAdam(keras.optimizers.Optimizer):
         self.assign_sub(variable, alpha * gradient / (ops.sqrt(slots["velocity"]) + self.epsilon))
 
     def _update_factored(self, gradient, variable, alpha, row_means, column_means):
-        slots = map(tf.convert_to_tensor, (row_means, column_means))
+        slots = map(indices.tensor, (row_means, column_means))
         changes = _factored_changes(gradient, *slots, alpha, self.beta_2, self.epsilon)
         for changed, change in zip((row_means, column_means, variable), changes, strict=True):
             self.assign_add(changed, change)
@@ -140,7 +139,7 @@ class FactoredAdam(keras.optimizers.Optimizer):
 
 
 # Compiled, as one operation after the other would move twice as many bytes.
-@tf.function(jit_compile=True, autograph=False)
+@compilation.compiled
 def _factored_changes(gradient, row_means, column_means, alpha, beta_2, epsilon):
     """What is to be added to the means and to the variable."""
     squares = ops.square(gradient)

@@ -7,7 +7,7 @@ import tensorflow as tf
 from hypothesis import strategies as st
 
 from keras_moe import Routing, dispatch
-from keras_moe.dispatch import pieces
+from keras_moe.backend.tensorflow import pieces
 
 
 def routing(expert_index, gates):

@@ -17,7 +17,7 @@ from multi_worker_process import STEPS, Training, noise
 from replicas import assert_equal_training, state, strategy
 
 import keras_moe
-from keras_moe.distribute import internals
+from keras_moe.backend.tensorflow import replicas as internals
 
 WORKER = pathlib.Path(__file__).with_name("multi_worker_process.py")
 TESTS = WORKER.parents[1]

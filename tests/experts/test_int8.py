@@ -9,7 +9,7 @@ from keras.ops import convert_to_numpy as numpy
 
 import keras_moe
 from keras_moe import FeedForwardExperts
-from keras_moe.dispatch import devices
+from keras_moe.backend.tensorflow import devices
 
 
 def quantized(make, **options):

@@ -27,7 +27,7 @@ from keras_moe import (
     SparseMoE,
     StrictlyBalancedGating,
 )
-from keras_moe.dispatch import loops
+from keras_moe.backend.tensorflow import loops
 
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "float64", "bfloat16")
 # Of 6·10⁴ float16 holds little more, and float32 no fourth power of 10¹⁰.

@@ -81,9 +81,9 @@ class ScaledRows(keras.layers.Layer):
         ]
 
     def call(self, rows, rows_per_expert):
-        *pieces, rest = keras_moe.dispatch.pieces.split(rows, rows_per_expert)
+        *pieces, rest = keras_moe.backend.tensorflow.pieces.split(rows, rows_per_expert)
         scaled = [piece * scale for piece, scale in zip(pieces, self.scale, strict=True)]
-        return keras_moe.dispatch.pieces.join(scaled, rest)
+        return keras_moe.backend.tensorflow.pieces.join(scaled, rest)
 
     def compute_output_shape(self, rows_shape, rows_per_expert_shape=None):
         return rows_shape

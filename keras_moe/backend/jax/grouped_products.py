@@ -1,0 +1,181 @@
+"""Products of sorted rows, each with the matrix of its expert.
+
+How many rows each expert has depends on the data, and no shape may. Three ways to live with that:
+
+* On TPUs XLA has an instruction for it, `jax.lax.ragged_dot_general`, which computes the tiles of
+  rows that an expert has, and no others.
+* On GPUs that instruction multiplies all rows by the matrices of all experts (JAX 0.10 to 0.12), so
+  there rows are in places (`places.py`) from the first product of a bank to the last one.
+* Elsewhere a loop over pieces of an expert's rows (`loops.py`).
+
+Which platform it is, is known when a traced function is lowered, and not before.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from keras_moe.backend.jax import loops, places
+from keras_moe.backend.jax.gradients import with_gradient
+from keras_moe.backend.jax.indices import gather, index_range, run_of, tensor
+from keras_moe.backend.jax.recomputation import recomputed
+
+# Rows are the ragged dimension, of the first factor or, for gradients of matrices, of both.
+_ROWS = jax.lax.RaggedDotDimensionNumbers((([1], [1]), ([], [])), [0], [0])
+_TRANSPOSED = jax.lax.RaggedDotDimensionNumbers((([1], [2]), ([], [])), [0], [0])
+_MATRICES = jax.lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
+
+
+class Layout(NamedTuple):
+    """How sorted rows lie while they are multiplied: as they are, or on GPUs in places.
+
+    Attributes:
+        rows_per_expert: int32 [N]. Rows behind those belong to no expert.
+        num_rows: M.
+        places: `Places`, or `None`.
+    """
+
+    rows_per_expert: Any
+    num_rows: Any
+    places: Any = None
+
+
+def lay_out(rows_per_expert, num_rows):
+    """The `Layout` of M rows as they are, whatever the device."""
+    return Layout(rows_per_expert, num_rows)
+
+
+def apply(function, rows, rows_per_expert, banks, width, *, training, recompute):
+    """Applies each expert's function to the rows of that expert, by the fastest way there is.
+
+    Args:
+        function: Called with rows, the parameters of all experts, and the rows' `layout`.
+        rows: Float tensor [M, D], sorted by expert.
+        rows_per_expert: int32 [N]. Rows behind those belong to no expert.
+        banks: List of tensors [N, ...], the experts' parameters.
+        width: Of the function's result.
+        training: Without effect.
+        recompute: Whether a backward pass computes again what is inside.
+
+    Returns:
+        Float tensor [M, width]; zeros behind the last expert's rows.
+    """
+
+    def as_they_are(rows, rows_per_expert, *banks):
+        return function(rows, *banks, layout=Layout(rows_per_expert, rows.shape[0]))
+
+    def in_places(rows, rows_per_expert, *banks):
+        there = places.make_places(rows_per_expert, rows.shape[0])
+        return function(rows, *banks, layout=Layout(rows_per_expert, rows.shape[0], there))
+
+    def of_all(*arguments):
+        return jax.lax.platform_dependent(*arguments, cuda=in_places, default=as_they_are)
+
+    return (recomputed(of_all) if recompute else of_all)(rows, rows_per_expert, *banks)
+
+
+def arrange(rows, layout):
+    """Brings sorted rows [M, D] into a `Layout`, [R, D]."""
+    return rows if layout.places is None else places.arrange(rows, layout.places)
+
+
+def restore(rows, layout):
+    """Undoes `arrange`; zeros for rows of no expert, if they have become something else."""
+    if layout.places is not None:
+        return places.restore(rows, layout.places)
+    mine = index_range(rows.shape[0]) < jnp.sum(layout.rows_per_expert)
+    return jnp.where(mine[:, None], rows, jnp.zeros((), rows.dtype))
+
+
+def multiply(rows, kernel, layout, exactly=False):
+    """Multiplies each row by the matrix of its expert.
+
+    Args:
+        rows: Float tensor [R, D], as `arrange` has laid them out.
+        kernel: Tensor or variable [N, D, F], maybe of another dtype, from which it is converted.
+        layout: Their `Layout`.
+        exactly: Whether the result has to be exact in float32, as of `exact.matmul`; the gradients
+            are plain products.
+
+    Returns:
+        Float tensor [R, F]; zeros in rows of no expert.
+    """
+    kernel, precision = tensor(kernel), jax.lax.Precision.HIGHEST if exactly else None
+    if layout.places is not None:
+        return places.multiply(rows, kernel, layout.places, precision)
+
+    def product(rows, kernel, rows_per_expert):
+        return _times(rows, kernel, rows_per_expert, precision)
+
+    def gradient(upstream, rows, kernel, rows_per_expert):
+        of_rows = _times(upstream, kernel, rows_per_expert, transposed=True)
+        if not jnp.issubdtype(kernel.dtype, jnp.floating):  # int8
+            return [of_rows, None]
+        of_kernel = _gradient_of_kernel(rows, upstream, rows_per_expert)
+        return [of_rows, of_kernel.astype(kernel.dtype)]
+
+    return with_gradient(product, gradient, [rows, kernel], [layout.rows_per_expert])
+
+
+def of_rows(bank, layout):
+    """The parameters of each row's expert.
+
+    Args:
+        bank: Float tensor or variable [N, F].
+        layout: The `Layout` of the rows.
+
+    Returns:
+        Float tensor [R, F]; zeros for rows of no expert.
+    """
+    bank = tensor(bank)
+    if layout.places is not None:
+        return places.spread(bank, layout.places)
+    table = jnp.pad(bank, [(0, 1), (0, 0)])  # Row N is for rows of no expert.
+    expert = run_of(jnp.cumsum(layout.rows_per_expert), index_range(layout.num_rows))
+    return gather(table, expert)
+
+
+def _times(rows, kernel, rows_per_expert, precision=None, transposed=False):
+    """Each row times its expert's matrix, or the transposed one; zeros behind the last expert's."""
+
+    def ragged(rows, kernel, rows_per_expert):
+        numbers = _TRANSPOSED if transposed else _ROWS
+        kernel = kernel.astype(rows.dtype)
+        return jax.lax.ragged_dot_general(
+            rows, kernel, rows_per_expert, numbers, precision=precision
+        )
+
+    def in_places(rows, kernel, rows_per_expert):
+        kernel = jnp.swapaxes(kernel, 1, 2) if transposed else kernel
+        there = places.make_places(rows_per_expert, rows.shape[0])
+        y = places.multiply(places.arrange(rows, there), kernel, there, precision)
+        return places.restore(y, there)
+
+    def in_loop(rows, kernel, rows_per_expert):
+        return loops.times(rows, kernel, rows_per_expert, precision, transposed)
+
+    return jax.lax.platform_dependent(
+        rows, kernel, rows_per_expert, tpu=ragged, cuda=in_places, default=in_loop
+    )
+
+
+def _gradient_of_kernel(rows, upstream, rows_per_expert):
+    """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
+
+    def ragged(rows, upstream, rows_per_expert):
+        return jax.lax.ragged_dot_general(rows, upstream, rows_per_expert, _MATRICES)
+
+    def in_places(rows, upstream, rows_per_expert):
+        there = places.make_places(rows_per_expert, rows.shape[0])
+        rows, upstream = (places.arrange(x, there) for x in (rows, upstream))
+        return places.gradient_of_kernel(rows, upstream, there, rows_per_expert.shape[0])
+
+    return jax.lax.platform_dependent(
+        rows,
+        upstream,
+        rows_per_expert,
+        tpu=ragged,
+        cuda=in_places,
+        default=loops.gradient_of_kernel,
+    )

@@ -1,0 +1,46 @@
+"""Metrics that the call of a layer updates.
+
+With JAX Keras knows metrics while it computes the loss, but not while it calls the layers (keras
+issue 21639, checked with Keras 3.15). So here they are state of the layer, as the seeds of its
+noise are: no file has them, and every step hands them on. They are known at the end of an epoch, of
+`evaluate` and of `predict`; in the middle of a step, and so in the progress bar, they are NaN.
+"""
+
+from keras import ops
+
+
+class StateOfLayer:
+    """What a metric inherits from that a layer updates when it is called.
+
+    A class before `keras.metrics.Metric`.
+    """
+
+    @property
+    def variables(self):
+        return []
+
+    @property
+    def state(self):
+        """List of the variables, which belong to the layer."""
+        return super().variables
+
+    def current(self, variable):
+        """The value of a variable of the metric, NaN in the middle of a step."""
+        try:
+            return variable.value
+        except TypeError:  # Keras has taken the value away, and hands it to the layers alone.
+            return ops.full(variable.shape, float("nan"), variable.dtype)
+
+    def reset_state(self):
+        for variable in self.state:
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
+
+
+class HasStateOfMetrics:
+    """What a layer with such a metric inherits from, before `keras.layers.Layer`."""
+
+    @property
+    def variables(self):
+        """List of all variables, those of the metrics among them."""
+        own = [v for metric in self._metrics for v in getattr(metric, "state", ())]
+        return [*super().variables, *own]

@@ -1,0 +1,25 @@
+"""Functions that are compiled by themselves, and variables that are made beside others."""
+
+import keras
+import tensorflow as tf
+
+
+def compiled(function):
+    """A function of tensors, compiled: one operation after the other would move more bytes."""
+    return tf.function(function, jit_compile=True, autograph=False)
+
+
+def beside(variable):
+    """Inside, variables are held where another one is, so in shards where that one is."""
+    held = variable.value if isinstance(variable, keras.Variable) else variable
+    return tf.distribute.get_strategy().extended.colocate_vars_with(held)
+
+
+def without_values():
+    """Inside, variables are made of no size, of any shape: Keras knows the shape it asked for."""
+
+    def create(next_creator, **kwargs):
+        empty = {"initial_value": tf.zeros([0], kwargs["dtype"]), "shape": tf.TensorShape(None)}
+        return next_creator(**{**kwargs, **empty})
+
+    return tf.variable_creator_scope(create)
