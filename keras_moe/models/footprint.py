@@ -49,7 +49,10 @@ def footprint(model):
             parameters are counted at once. A `TranslationPreset` has 32,000 word pieces.
 
     Returns:
-        A `Footprint`.
+        A `Footprint`. Frozen parts count as all others do.
+
+    Raises:
+        ValueError: If `model` is a model that is not built, or no preset has that name.
     """
     if not isinstance(model, (LanguageModel, TranslationModel)):
         with compilation.without_values():
@@ -58,11 +61,16 @@ def footprint(model):
             else:
                 model = LanguageModel.from_preset(model, vocabulary_size=1)
             _build(model)
+    elif not model.built:
+        raise ValueError(
+            f"`model` must be built, as by its first call, to have something to count. "
+            f"Received: {model!r}, which has no weights yet"
+        )
     layers = [layer for layer in model.counted_layers if layer is not None]
     whole = isinstance(model, TranslationModel)
     return Footprint(
         sum(_operations(layer) for layer in layers),
-        sum(_size(w) for part in ([model] if whole else layers) for w in part.trainable_weights),
+        sum(_size(w) for part in ([model] if whole else layers) for w in part.weights),
     )
 
 
@@ -84,14 +92,14 @@ def _operations(layer):
     if layer.shared_experts is not None:
         operations += _kernels(layer.shared_experts)
     if hasattr(layer.gating, "secondary"):  # Variables [A, D, B], of A groups.
-        secondary = [w for w in layer.gating.trainable_weights if len(w.shape) == 3]
+        secondary = [w for w in layer.gating.weights if len(w.shape) == 3]
         operations += sum(map(_size, secondary)) * layer.gating.k[0] // layer.gating.num_groups
     return operations
 
 
 def _matrices(layer):
     """The sizes of all matrices of a layer. A bias multiplies nothing, nor does a threshold."""
-    weights = [w for w in layer.trainable_weights if "thresholds" not in w.name]
+    weights = [w for w in layer.weights if "thresholds" not in w.name]
     return sum(_size(weight) for weight in weights if len(weight.shape) == 2)
 
 

@@ -110,6 +110,20 @@ def test_shared_experts_count():
     assert footprint(model).ops_per_timestep == 2 * 16 * 32 + 2 * 8 * 6 + (2 + 3) * expert
 
 
+def test_frozen_parts_count():
+    model = LanguageModel(30, 8, SparseMoE(6, 12, k=2))
+    model.build((None, None))
+    counted = footprint(model)
+    model.trainable = False
+    assert footprint(model) == counted
+
+
+@pytest.mark.parametrize("model", [LanguageModel, TranslationModel])
+def test_a_model_without_weights_is_refused(model):
+    with pytest.raises(ValueError, match="`model` must be built"):
+        footprint(model(30, 8))
+
+
 def test_an_unknown_name_is_refused_with_all_that_there_are():
     with pytest.raises(ValueError, match="MoE-4096-h.*Received: 'MoE-5'"):
         footprint("MoE-5")
