@@ -27,7 +27,7 @@ from keras_moe.contract.inputs import as_input, as_numbers
 from keras_moe.contract.recomputing import recomputing
 from keras_moe.dispatch.blocks import block_by_block
 from keras_moe.dispatch.products import in_blocks
-from keras_moe.distribute.support import check_expert_parallel
+from keras_moe.distribute.shards import over_shards, sharded_rows
 from keras_moe.experts.initializers import PerExpert
 from keras_moe.experts.int8 import Int8Kernels
 from keras_moe.experts.regularizers import of_each_expert
@@ -139,7 +139,7 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.recompute = recompute
         self.static_shapes = static_shapes
-        self.expert_parallel = check_expert_parallel(expert_parallel)
+        self.expert_parallel = expert_parallel
         self.supports_jit = static_shapes or STATIC_SHAPES
 
     def build(self, input_shape):
@@ -148,8 +148,6 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         if not self.expert_parallel:
             self._add_weights(input_shape)
             return
-        from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
-
         with sharded_rows(self.num_experts):
             self._add_weights(input_shape)
         for variable in self.weights:
