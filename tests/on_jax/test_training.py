@@ -1,0 +1,117 @@
+"""Training under JAX: logs, files, and the same course as under TensorFlow."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from helpers import CROSS_ENTROPY, language_model, next_words
+
+import keras_moe
+from keras_moe import NoisyTopKGating, SparseMoE
+from keras_moe.models import LanguageModel
+
+STEPS = 12
+# Without noise, of which every backend draws another.
+CODE = f"""
+import sys, keras, numpy as np
+from helpers import CROSS_ENTROPY, language_model, next_words
+from keras_moe import NoisyTopKGating, SparseMoE
+from keras_moe.optimizers import FactoredAdam
+
+begun, continued, ended = sys.argv[1:4]
+x, y = next_words()
+if begun:
+    model = keras.models.load_model(begun)
+else:
+    moe = SparseMoE(8, 16, gating=NoisyTopKGating(8, 2, noise=False), name="moe")
+    model = language_model(moe=moe)
+    model.compile(FactoredAdam(0.01), CROSS_ENTROPY)
+losses = []
+for step in range({STEPS}):
+    losses.append(float(model.train_on_batch(x, y)))
+    if not begun and step == {STEPS // 2} - 1:
+        model.save(continued)
+np.save(ended, losses)
+"""
+
+
+def trained(backend, folder, begun=""):
+    """The losses of some steps, in a process with a backend of its own."""
+    ended = folder / f"{backend}{len(begun)}.npy"
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    path = [os.getcwd(), os.path.join(os.getcwd(), "tests"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    files = [begun, str(folder / f"{backend}.keras"), str(ended)]
+    subprocess.run([sys.executable, "-c", CODE, *files], env=environment, check=True)
+    return np.load(ended)
+
+
+def test_the_course_is_that_of_tensorflow_and_goes_on_from_its_file(tmp_path):
+    # The initial weights are drawn by the seed, but by generators of their own: both go on from a
+    # file that TensorFlow has written after half of the steps, slots of the optimizer included.
+    of_tensorflow = trained("tensorflow", tmp_path)
+    assert of_tensorflow[-1] < of_tensorflow[0]
+    begun = str(tmp_path / "tensorflow.keras")
+    half = STEPS // 2
+    continued = trained("jax", tmp_path, begun)
+    np.testing.assert_allclose(continued[:half], of_tensorflow[half:], rtol=1e-4)
+
+
+def test_logs_are_those_of_the_last_epoch():
+    model, (x, y) = language_model(), next_words()
+    model.compile(keras.optimizers.SGD(0.0), CROSS_ENTROPY)
+    history = model.fit(x, y, epochs=2, verbose=0, validation_data=(x, y)).history
+    evaluated = model.evaluate(x, y, verbose=0, return_dict=True)
+    names = {"moe/cv_importance", "moe/cv_load", "moe/max_over_mean_load"}
+    assert names < evaluated.keys()
+    # Nothing learns, and evaluation draws no noise: every epoch has the same, its own batches alone.
+    for name, value in evaluated.items():
+        np.testing.assert_allclose(history[f"val_{name}"], [value, value], rtol=1e-5)
+    assert all(np.isfinite(history[name]).all() for name in names)
+
+
+def test_a_saved_model_is_what_it_was(tmp_path):
+    model, (x, y) = language_model(capacity_factor=1.5), next_words()
+    model.compile("adam", CROSS_ENTROPY)
+    model.fit(x, y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), expected)
+    path = tmp_path / "model.weights.h5"
+    keras_moe.save_weights(model, path)
+    for weight in loaded.weights:
+        weight.assign(0.0 * weight)
+    keras_moe.load_weights(loaded, path)
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), expected)
+
+
+@pytest.mark.parametrize("num_sampled", [None, 20])
+def test_a_language_model_counts_words_alone(num_sampled):
+    moe = SparseMoE(4, 8, gating=NoisyTopKGating(4, 2), name="moe")
+    model = LanguageModel(50, 8, moe, lstm_units=8, num_lstms=2, num_sampled=num_sampled)
+    model.compile(keras.optimizers.Adam(0.01))
+    x, y = next_words()
+    history = model.fit(x, y, epochs=2, verbose=0).history
+    if num_sampled is None:
+        assert history["perplexity"][1] < history["perplexity"][0]
+    log_probs = keras.ops.convert_to_numpy(model(x))
+    of_words = np.take_along_axis(log_probs, y[..., None], axis=-1)[..., 0][y > 0]
+    received = model.evaluate(x, y, verbose=0, return_dict=True)
+    np.testing.assert_allclose(received["perplexity"], np.exp(-of_words.mean()), rtol=1e-4)
+
+
+def test_what_needs_tensorflow_says_so():
+    with pytest.raises(RuntimeError, match=r"needs Keras' backend TensorFlow\. Save the model"):
+        keras_moe.export_saved_model(None, "folder")
+    with pytest.raises(ValueError, match=r"set KERAS_BACKEND=tensorflow.*expert_parallel=True"):
+        SparseMoE(4, 4, expert_parallel=True)
+    with pytest.raises(ValueError, match="Received: ExpertParallel under the backend 'jax'"):
+        keras_moe.distribute.ExpertParallel("adam")
+    with pytest.raises(RuntimeError, match="Translate where KERAS_BACKEND=tensorflow"):
+        keras_moe.models.beam_search(None, (), [1], end_id=1, max_length=2)
+    with pytest.raises(RuntimeError, match="footprint"):
+        keras_moe.models.footprint("MoE-4")
