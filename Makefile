@@ -9,8 +9,9 @@ VENV_PYTHON := .venv/bin/python
 FROZEN_PEERS := tensor2tensor==1.15.7 tf-models-official==2.20.0
 
 # What computes; the other tests read files, start processes or count what CPUs do.
-GPU_TESTS := $(addprefix tests/,test_gpu.py test_losses.py gating experts dispatch mixture layers \
-    models optimizers surgery)
+GPU_TESTS := $(addprefix tests/,test_gpu.py test_losses.py backend gating experts dispatch mixture \
+    layers models optimizers surgery)
+JAX_TESTS := $(addprefix tests/,on_jax test_architecture.py backend/test_backends.py)
 TWO_GPU_TESTS := tests/test_gpu.py $(wildcard tests/distribute/test_distribute*.py)
 
 # The stamp is written last, so an interrupted installation leaves none. It names the interpreter
@@ -34,8 +35,11 @@ help:  ## list the targets
 demo: $(STAMP)  ## train a mixture-of-experts language model, export it, query it
 	@TF_CPP_MIN_LOG_LEVEL=3 $(VENV_PYTHON) examples/language_model.py
 
-test: $(STAMP)  ## run the tests
+test: $(STAMP)  ## run the tests, and under JAX those of what computes there
 	$(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(VENV_PYTHON) -c 'import jax' 2>/dev/null || echo "JAX needs Python 3.11: its tests are left out."
+	! $(VENV_PYTHON) -c 'import jax' 2>/dev/null || KERAS_BACKEND=jax $(VENV_PYTHON) -m pytest \
+	    --numprocesses auto --maxprocesses 4 --dist loadfile $(JAX_TESTS)
 
 test-gpu: $(STAMP)  ## run the tests of what computes on a GPU, where there is one
 	$(VENV_PYTHON) -c 'import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices("GPU") and \

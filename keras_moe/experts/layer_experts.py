@@ -7,10 +7,10 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_size
-from keras_moe.backend import indices, pieces
+from keras_moe.backend import STATIC_SHAPES, indices, pieces
 from keras_moe.contract.freezing import FreezableParts, call_once, copy_trainable
 from keras_moe.contract.inputs import as_input, as_numbers
-from keras_moe.contract.own_losses import layers_by_name
+from keras_moe.contract.own_losses import added_losses, layers_by_name
 from keras_moe.experts import in_memory
 from keras_moe.experts.initializers import derived_seeds
 from keras_moe.saving import CheckedExperts
@@ -25,7 +25,9 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
 
     An expert sees its own rows [rows, D] alone. One without rows is called with a row of zeros
     whose output is thrown away, since a loss that is a mean over no rows would be NaN; with a
-    capacity an expert is called with its C places, zeros in the empty ones.
+    capacity an expert is called with its C places, zeros in the empty ones. Under JAX, where no
+    shape depends on the load, each is without a capacity called with as many rows as all have
+    together, zeros behind its own, whose outputs are thrown away: N times the operations.
 
     Example:
     ```python
@@ -52,7 +54,8 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
 
     Raises:
         ValueError: If `num_experts` is not an integer of at least 1, or `layer` not a Keras layer
-            whose output has one row for each row of the input.
+            whose output has one row for each row of the input. In a call under JAX without a
+            capacity, if an expert has losses or statistics of a batch.
     """
 
     def __init__(self, num_experts, layer, **kwargs):
@@ -103,7 +106,23 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
             return ops.stack([self._call_expert(layer, piece) for layer, piece in experts])
         *parts, rest = pieces.split(rows, rows_per_expert)
         experts = zip(self.layers, parts, strict=True)
-        return pieces.join([self._call_expert(layer, piece) for layer, piece in experts], rest)
+        y = pieces.join([self._call_expert(layer, piece) for layer, piece in experts], rest)
+        if STATIC_SHAPES:
+            self._check_rows_by_themselves()
+        return y
+
+    def _check_rows_by_themselves(self):
+        """Raises ValueError where more depends on the number of rows than the rows' outputs."""
+        for layer in self.layers:
+            parts = layers_by_name(layer, keras.layers.BatchNormalization)
+            if parts or added_losses(layer):
+                raise ValueError(
+                    "Under JAX an expert is called with its own rows and as many zeros as there "
+                    "are rows of others, of which losses, as those of activities, and statistics "
+                    "of a batch would take the mean. Set `capacity_factor`, with which an expert "
+                    f"has few empty places, or leave them out. Received: expert {layer.name!r} "
+                    f"with {'statistics of a batch' if parts else 'losses'}"
+                )
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Under `keras.RematScope` each expert is recomputed for itself, which keeps its losses."""

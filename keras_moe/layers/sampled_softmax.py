@@ -67,8 +67,8 @@ class SampledSoftmax(keras.layers.Dense):
         """
         if self.num_sampled is None:
             return self._whole_loss(hidden, targets)
+        drawn, target_chances, chances = self._sampler(targets, self.seed)
         targets = ops.cast(targets, "int32")
-        drawn, target_chances, chances = self._sampler(targets)
         words = ops.concatenate([targets, drawn])
         dtype = self._loss_dtype
         hidden = ops.cast(hidden, dtype)

@@ -65,6 +65,16 @@ def test_experts_that_are_layers(options):
     np.testing.assert_allclose(gradients[0], wanted_gradients[0], rtol=1e-4, atol=1e-4)
 
 
+def test_experts_that_count_their_rows_are_refused():
+    for part in (
+        keras.layers.Dense(6, activity_regularizer="l2"),
+        keras.layers.BatchNormalization(),
+    ):
+        layer = SparseMoE(3, experts=keras.Sequential([part]), k=2)
+        with pytest.raises(ValueError, match="Set `capacity_factor`"):
+            layer(examples(), training=True)
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision(policy):
     exact = with_random_weights(SparseMoE(5, 4, k=2))

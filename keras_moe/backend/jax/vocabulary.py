@@ -27,14 +27,21 @@ class LogUniformSampler:
         self.number, self.vocabulary_size = number, vocabulary_size
         self.generator = keras.random.SeedGenerator(seed)
 
-    def __call__(self, targets):
-        """Returns the words, int32 [S], how often targets [T] and words are drawn on average."""
+    def __call__(self, targets, seed):
+        """Returns the words, int32 [S], how often targets [T] and words are drawn on average.
+
+        The seed is that of the generator from the beginning.
+        """
         log_probs, chances = _chances(self.number, self.vocabulary_size)
         key = jax.random.wrap_key_data(jnp.asarray(self.generator.next(), "uint32"))
         # The largest with Gumbel noise are those that one after the other would draw.
         noise = jax.random.gumbel(key, [self.vocabulary_size])
         _, drawn = jax.lax.top_k(log_probs + noise, self.number)
-        return drawn, jnp.take(chances, targets, mode="clip"), jnp.take(chances, drawn)
+        return (
+            drawn,
+            jnp.take(chances, jnp.asarray(targets, "int32"), mode="clip"),
+            jnp.take(chances, drawn),
+        )
 
 
 @functools.cache

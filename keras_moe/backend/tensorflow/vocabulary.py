@@ -9,15 +9,15 @@ class LogUniformSampler:
     Args:
         number: S, how many words to draw, each at most once.
         vocabulary_size: V.
-        seed: Integer or `None`.
+        seed: Without effect: it stands in the graph of a call.
     """
 
-    generator = None  # The seed stands in the graph.
+    generator = None
 
     def __init__(self, number, vocabulary_size, seed):
-        self.number, self.vocabulary_size, self.seed = number, vocabulary_size, seed
+        self.number, self.vocabulary_size = number, vocabulary_size
 
-    def __call__(self, targets):
+    def __call__(self, targets, seed):
         """Returns the words, int32 [S], how often targets [T] and words are drawn on average."""
         drawn, target_chances, chances = tf.random.log_uniform_candidate_sampler(
             tf.cast(targets, "int64")[:, None],
@@ -25,7 +25,7 @@ class LogUniformSampler:
             num_sampled=self.number,
             unique=True,
             range_max=self.vocabulary_size,
-            seed=self.seed,
+            seed=seed,
         )
         return tf.cast(drawn, "int32"), target_chances[:, 0], chances
 
