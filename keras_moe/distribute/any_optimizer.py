@@ -1,4 +1,4 @@
-"""`ExpertParallel` where any optimizer updates experts that are divided, as under `keras.distribution`.
+"""`ExpertParallel` where every optimizer can update what is divided: under `keras.distribution`.
 
 Slots have the layout of their variable, so each device updates what it holds.
 """

@@ -7,9 +7,7 @@ from keras import ops
 from keras_moe import dispatch
 from keras_moe.backend import collectives, gradients, indices
 
-_ROUNDS = (
-    4  # where shapes are static, if every two replicas have as many rows for each other as they may
-)
+_ROUNDS = 4  # of static shapes, if every two replicas have as many rows as they may for each other
 
 
 class _Runs(NamedTuple):

@@ -9,6 +9,7 @@ A bank called with `experts` [K] in place of `rows_per_expert` gets one example 
 what each of these experts makes of it, [K, output_dim].
 """
 
+import contextlib
 import functools
 import inspect
 
@@ -83,8 +84,8 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         static_shapes: Whether to compute in shapes that the shape of `rows` alone determines, as
             XLA needs them: in blocks of rows, each with a copy of its expert's kernels, at up to
             twice the operations.
-        expert_parallel: Whether each replica of a `tf.distribute` strategy holds a part of the
-            experts. Inside a replica N stands for those.
+        expert_parallel: Whether each replica of a `tf.distribute` strategy, or with JAX of a
+            `keras.distribution`, holds a part of the experts. Inside a replica N stands for those.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Attributes:
@@ -145,13 +146,19 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
     def build(self, input_shape):
         self.input_spec = keras.InputSpec(min_ndim=2, max_ndim=3, axes={-1: input_shape[-1]})
         self._check_activation()
-        if not self.expert_parallel:
+        with self._divided():
             self._add_weights(input_shape)
-            return
-        with sharded_rows(self.num_experts):
-            self._add_weights(input_shape)
-        for variable in self.weights:
-            variable.regularizer = over_shards(variable.regularizer)
+        if self.expert_parallel:
+            for variable in self.weights:
+                variable.regularizer = over_shards(variable.regularizer)
+
+    def _divided(self):
+        """Inside, variables [N, ...] are divided among the replicas if the experts are."""
+        return sharded_rows(self.num_experts) if self.expert_parallel else contextlib.nullcontext()
+
+    def quantize(self, *args, **kwargs):
+        with self._divided():
+            super().quantize(*args, **kwargs)
 
     def _check_activation(self):
         if not isinstance(self.activation, keras.layers.Layer):
@@ -194,11 +201,8 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
             variable.expert_rank = len(variable.shape) - 1  # By it optimizers know them.
 
     def call(self, rows, rows_per_expert=None, experts=None, training=None):
-        rows, rows_per_expert, experts = (
-            as_input(self, rows),
-            as_numbers(rows_per_expert),
-            as_numbers(experts),
-        )
+        rows = as_input(self, rows)
+        rows_per_expert, experts = map(as_numbers, (rows_per_expert, experts))
         scales = [ops.squeeze(scale, axis=1) for scale in self.scales]
         banks = [ops.convert_to_tensor(kernel) for kernel in self.kernels]
         banks += [ops.cast(bank, self.compute_dtype) for bank in (*scales, *self.biases)]

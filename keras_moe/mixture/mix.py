@@ -27,7 +27,7 @@ def mix(bank, examples, routing, *, training, capacity=None, expert_parallel=Fal
         training: Whether gradients will be taken.
         capacity: Function from the number of examples to the most rows of an expert. What is beyond
             is dropped. Default: nothing is.
-        expert_parallel: Whether the bank holds only this replica's experts.
+        expert_parallel: Whether each replica holds its experts alone.
 
     Returns:
         y, float [T, D_out], and the part of the choices that was dropped, `None` without capacity.
@@ -71,7 +71,7 @@ def _over_replicas(bank, examples, routing, capacity):
         return dispatch.combine(rows, chosen.gates, plan), fraction_dropped
 
     chosen = dispatch.Choices(routing.expert_index, routing.gates)
-    return collectives.on_replicas(on_replica, (examples, chosen), bank.variables)
+    return collectives.on_replicas(on_replica, (examples, chosen), bank.weights)
 
 
 def _takes_one(bank, routing):

@@ -49,25 +49,17 @@ def on_replicas(function, examples, variables):
         function: Called with a replica's part of `examples`; inside, `variables` have that
             replica's rows. It must not close over tensors.
         examples: Structure of tensors [T, ...]. Where R doesn't divide T, zeros follow.
-        variables: List of variables; those that are divided are so along their first axis.
+        variables: List of variables, divided along their first axis.
 
     Returns:
         What it returns: a tensor with an entry for each example, and a scalar that is the same on
         all replicas, or `None`.
 
     Raises:
-        RuntimeError: If no variable is divided among these replicas, or the function changes one.
+        RuntimeError: If a variable isn't divided among these replicas, or the function changes one.
     """
-    distribution = keras.distribution.distribution()
-    axis = _axis_spec()
-    specs = [_spec(variable, distribution) for variable in variables]
-    if axis not in specs:
-        raise RuntimeError(
-            "Experts are divided among replicas as their variables are made, so the distribution "
-            "must be there before: call `keras.distribution.set_distribution(distribution)`, then "
-            f"build the model. Received: {variables[0].path!r}, which is not divided among the "
-            f"{num_replicas()} replicas of {distribution}"
-        )
+    for variable in variables:
+        _check_divided(variable)
 
     def on_replica(examples, values):
         with Given(variables, values) as given:
@@ -83,7 +75,7 @@ def on_replicas(function, examples, variables):
         return result
 
     values = [variable.value for variable in variables]
-    return _mapped(on_replica, examples, values, specs, (axis, PartitionSpec()))
+    return _mapped(on_replica, examples, values, (_along_batch(), PartitionSpec()))
 
 
 def each_its_own(function, x):
@@ -100,16 +92,16 @@ def each_its_own(function, x):
     """
     if num_replicas() == 1 or _on_replica():
         return function(x)
-    return _mapped(lambda x, _: function(x), x, (), _axis_spec(), _axis_spec())
+    return _mapped(lambda x, _: function(x), x, [], _along_batch())
 
 
-def _mapped(function, examples, values, specs, out_specs):
-    """A function of examples and values on all replicas, the results without what is padded."""
+def _mapped(function, examples, values, out_specs):
+    """A function of examples and values on all replicas; its results without what is padded."""
     number = jax.tree.leaves(examples)[0].shape[0]
     mapped = jax.shard_map(
         function,
         mesh=keras.distribution.distribution().device_mesh.backend_mesh,
-        in_specs=(_axis_spec(), specs),
+        in_specs=_along_batch(),
         out_specs=out_specs,
         check_vma=False,
     )
@@ -118,13 +110,18 @@ def _mapped(function, examples, values, specs, out_specs):
     return jax.tree.map(lambda x: x[:number] if x.ndim else x, results)
 
 
-def _spec(variable, distribution):
-    """How a variable is divided among replicas."""
+def _check_divided(variable):
+    """Raises RuntimeError unless a variable is divided among the replicas that are here."""
+    distribution = keras.distribution.distribution()
     layout = distribution.get_variable_layout(variable)
-    axis = distribution.batch_dim_name
-    if layout.device_mesh.backend_mesh != distribution.device_mesh.backend_mesh:
-        return PartitionSpec()
-    return PartitionSpec(axis) if layout.axes[:1] == (axis,) else PartitionSpec()
+    mesh = distribution.device_mesh.backend_mesh
+    if layout.axes[:1] != (_axis(),) or layout.device_mesh.backend_mesh != mesh:
+        raise RuntimeError(
+            "Experts are divided among replicas as their variables are made, so the distribution "
+            "must be there before: call `keras.distribution.set_distribution(distribution)`, then "
+            f"build the model. Received: {variable.path!r}, which is not divided among the "
+            f"{num_replicas()} replicas of {distribution}"
+        )
 
 
 def _divided(x):
@@ -132,9 +129,8 @@ def _divided(x):
     missing = -x.shape[0] % num_replicas()
     if missing:
         x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-    distribution = keras.distribution.distribution()
-    axes = (distribution.batch_dim_name,) + (None,) * (x.ndim - 1)
-    layout = keras.distribution.TensorLayout(axes, distribution.device_mesh)
+    mesh = keras.distribution.distribution().device_mesh
+    layout = keras.distribution.TensorLayout((_axis(), *[None] * (x.ndim - 1)), mesh)
     return keras.distribution.distribute_tensor(x, layout)
 
 
@@ -169,7 +165,7 @@ def _axis():
     return keras.distribution.distribution().batch_dim_name
 
 
-def _axis_spec():
+def _along_batch():
     return PartitionSpec(_axis())
 
 
