@@ -26,8 +26,8 @@ def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
     """Applies a function to rows on the replicas that hold the rows' experts.
 
     Replica r of R holds n = N/R experts, from r·n. All send each other as many rows: as many as the
-    one of most for another has. Where XLA compiles, shapes can't depend on the data, and they send
-    a part of the even share in a round, and play as many rounds as it takes.
+    one of most for another has. Where shapes can't depend on the data, they send a part of the even
+    share in a round, and play as many rounds as it takes.
 
     Args:
         function: Called with the rows of all replicas for this replica's experts and their `Plan`;
@@ -36,7 +36,7 @@ def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
         rows_per_expert: int32 [N]. Rows behind those belong to no expert, and come back as zeros.
         make_plan: Function from what a `Routing` says of rows to n experts, `expert_index` and
             `gates`, to their `Plan`.
-        most: The most rows that a replica can receive, the same number on all; XLA needs to know.
+        most: The most rows that a replica can receive, the same number on all; for static shapes.
             Default: R·M, all rows of all.
 
     Returns:
@@ -51,7 +51,9 @@ def on_their_replicas(function, rows, rows_per_expert, make_plan, most=None):
     size, rounds = ops.maximum(largest, 1), None
     if collectives.static_shapes():
         received = received._replace(number=num_replicas * num_rows if most is None else most)
-        size = indices.at_least(1, -(-received.number // (_ROUNDS * num_replicas)))
+        # No replica has more than M rows for all others, however many it may receive.
+        share = indices.at_most(2 * num_rows, received.number)
+        size = indices.at_least(1, -(-share // (_ROUNDS * num_replicas)))
         rounds = -(-largest // size)
 
     # The rows from one replica are sorted by expert, and so is their number.

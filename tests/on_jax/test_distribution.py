@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_moe import FeedForwardExperts, HierarchicalMoE, SparseMoE
+from keras_moe import FeedForwardExperts, HierarchicalMoE, NoisyTopKGating, SparseMoE
 from keras_moe.distribute import ExpertParallel
 from keras_moe.optimizers import FactoredAdam
 
@@ -166,13 +166,13 @@ def test_files_are_read_for_another_number_of_replicas(tmp_path):
 
 @pytest.mark.parametrize("capacity", [None, 1.0])
 def test_a_number_of_examples_that_replicas_do_not_divide(capacity):
-    """Beside a second axis of the mesh, along which others may be divided."""
-    options = {"k": 2, "capacity_factor": capacity, "seed": 1, "expert_parallel": True}
+    """Beside a second axis of the mesh, along which others may be divided; and all for a device."""
     x = np.random.default_rng(0).normal(size=(11, WIDTH)).astype("float32")
     results = []
     for distribution in (None, model_parallel({".*gate_kernel": (None, "model")})):
         keras.distribution.set_distribution(distribution)
-        layer = SparseMoE(8, 5, **options)
+        gating = NoisyTopKGating(8, 2, noise=False)
+        layer = SparseMoE(8, 5, gating=gating, capacity_factor=capacity, expert_parallel=True)
         layer.build((None, WIDTH))
         rng = np.random.default_rng(0)
         for weight in layer.weights:
@@ -185,10 +185,13 @@ def test_a_number_of_examples_that_replicas_do_not_divide(capacity):
 
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
         results.append(step([v.value for v in layer.trainable_variables], x))
+        gating.gate_kernel.assign(np.zeros((WIDTH, 8)))  # A tie: all go to the experts 0 and 1.
+        results.append(step([v.value for v in layer.trainable_variables], x))
     kernel = layer.experts.kernels[0].value
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 4, 5)}
     assert layer.gating.gate_kernel.value.addressable_shards[0].data.shape == (4, 4)
-    for got, expected in zip(*map(jax.tree.leaves, reversed(results)), strict=True):
+    one, four = map(jax.tree.leaves, (results[:2], results[2:]))
+    for got, expected in zip(four, one, strict=True):
         np.testing.assert_allclose(got, expected, 1e-4, atol=1e-5)
 
 
