@@ -1,5 +1,6 @@
 # Every target but help and clean first builds .venv, when that is missing, half built or stale;
-# bench builds .venv-bench, as the packages it measures want other versions than the tests.
+# bench builds .venv-bench, as the packages it measures want other versions than the tests; docs and
+# dist build small ones without TensorFlow, as they read the package and don't import it.
 # Paths are relative, because make splits an absolute one at the spaces of a folder's name.
 
 PYTHON ?= python3
@@ -18,6 +19,8 @@ TWO_GPU_TESTS := tests/test_gpu.py $(wildcard tests/distribute/test_distribute*.
 # and the folder that it was made for: changing either makes it stale, as setup.cfg does.
 STAMP := .venv/complete
 BENCH_STAMP := .venv-bench/complete
+DOCS_STAMP := .venv-docs/complete
+RELEASE_STAMP := .venv-release/complete
 export MADE_FOR := $(shell $(PYTHON) -VV 2>/dev/null) $(CURDIR)
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(MADE_FOR))
 .PHONY: $(STAMP)
@@ -26,7 +29,14 @@ ifneq ($(shell cat $(BENCH_STAMP) 2>/dev/null),$(MADE_FOR))
 .PHONY: $(BENCH_STAMP)
 endif
 
-.PHONY: help demo test test-gpu lint bench clean
+ifneq ($(shell cat $(DOCS_STAMP) 2>/dev/null),$(MADE_FOR))
+.PHONY: $(DOCS_STAMP)
+endif
+ifneq ($(shell cat $(RELEASE_STAMP) 2>/dev/null),$(MADE_FOR))
+.PHONY: $(RELEASE_STAMP)
+endif
+
+.PHONY: help demo test test-gpu lint docs dist bench clean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12], where TARGET is one of"
@@ -51,16 +61,30 @@ lint: $(STAMP)  ## check style and format
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 
+docs: $(DOCS_STAMP)  ## build the documentation in site/, links checked
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+	@echo "Wrote site/index.html."
+
+dist: $(RELEASE_STAMP)  ## build what a release uploads, in dist/, and check it
+	rm -rf dist
+	.venv-release/bin/python -m build
+	.venv-release/bin/python -m twine check --strict dist/*
+
 bench: $(BENCH_STAMP)  ## measure speed and memory of the layer beside other implementations
 	@TF_CPP_MIN_LOG_LEVEL=3 .venv-bench/bin/python benchmarks/layer.py
 
 clean:  ## remove environments, builds and caches; results and exported models stay
-	rm -rf .venv .venv-bench build dist keras_moe.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-docs .venv-release site build dist keras_moe.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(STAMP): EXTRA := dev
-$(BENCH_STAMP): EXTRA := bench
-$(STAMP) $(BENCH_STAMP): setup.cfg pyproject.toml
+$(STAMP): INSTALLED := -e '.[dev]'
+$(BENCH_STAMP): INSTALLED := -e '.[bench]'
+$(DOCS_STAMP): INSTALLED := -r docs/requirements.txt
+$(RELEASE_STAMP): INSTALLED := build twine
+$(STAMP) $(BENCH_STAMP): NOTE := keras_moe and its dependencies, a few minutes, about 3 GB
+$(DOCS_STAMP) $(RELEASE_STAMP): NOTE := a few tools, less than a minute
+$(DOCS_STAMP): docs/requirements.txt
+$(STAMP) $(BENCH_STAMP) $(DOCS_STAMP) $(RELEASE_STAMP): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
 	    2>/dev/null || { printf '%s\n' >&2 \
 	    "TensorFlow needs Python 3.10 to 3.13, and .venv its modules venv and ensurepip." \
@@ -69,7 +93,7 @@ $(STAMP) $(BENCH_STAMP): setup.cfg pyproject.toml
 	    "or name another interpreter: make PYTHON=python3.12"; exit 1; }
 	@[ "$$(cat $@ 2>/dev/null)" = "$$MADE_FOR" ] || $(PYTHON) -m venv --clear $(@D)
 	@rm -f $@
-	@echo "Installing keras_moe and its dependencies in $(@D): a few minutes, about 3 GB."
-	$(@D)/bin/python -m pip install -e '.[$(EXTRA)]'
-	$(if $(filter bench,$(EXTRA)),$(@D)/bin/python -m pip install --no-deps $(FROZEN_PEERS))
+	@echo "Installing in $(@D): $(NOTE)."
+	$(@D)/bin/python -m pip install $(INSTALLED)
+	$(if $(filter $(BENCH_STAMP),$@),$(@D)/bin/python -m pip install --no-deps $(FROZEN_PEERS))
 	@printf '%s\n' "$$MADE_FOR" > $@

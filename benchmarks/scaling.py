@@ -23,6 +23,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import types
 from typing import NamedTuple
 from unittest import mock
 
@@ -33,8 +34,9 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util_v2
 
 from keras_moe import FeedForwardExperts, NoisyTopKGating, SparseMoE
+from keras_moe.backend.tensorflow import collectives
 from keras_moe.backend.tensorflow import replicas as internals
-from keras_moe.distribute import ExpertParallel
+from keras_moe.distribute import ExpertParallel, exchange
 
 REPLICAS = (1, 2, 4, 8)
 EXPERTS_PER_REPLICA, K = 8, 2
@@ -134,8 +136,11 @@ def counted(sent):
 @contextlib.contextmanager
 def static_shapes():
     """Inside, steps are traced as where XLA compiles, which for CPUs has no all-to-all."""
+    compiling = types.SimpleNamespace(compiling=lambda: True)
     with (
-        mock.patch.object(internals, "compiling", lambda: True),
+        # Only where replicas exchange: elsewhere operations would be traced that XLA alone has.
+        mock.patch.object(exchange, "xla", compiling),
+        mock.patch.object(collectives, "xla", compiling),
         # Nor has XLA frames, by which TensorFlow tells collectives of several loops in a graph
         # apart: those of two replicas would never meet.
         mock.patch.object(control_flow_util_v2, "_DISABLE_LOWER_USING_SWITCH_MERGE", True),

@@ -92,12 +92,14 @@ def main(args):
         signatures=serving.signatures(model, lookup),
         track=[lookup],
         warm_up=serving.WARM_UP,
+        server_files=True,
     )
     print(f"wrote {exported}")
     prompts = vocabulary.decode(words["test"][:64:16, :6], lookup)
     tokens, _ = serving.sequences(lookup, tf.constant(prompts))
-    expected = args.output / "expected.npz"
-    np.savez(expected, prompts=prompts, tokens=tokens, probabilities=np.exp(model(tokens)))
+    lengths = np.count_nonzero(tokens, axis=1).astype("int32")
+    expected, probabilities = args.output / "expected.npz", np.exp(model(tokens))
+    np.savez(expected, prompts=prompts, tokens=tokens, lengths=lengths, probabilities=probabilities)
     query = [sys.executable, ROOT / "examples" / "query.py", exported, expected]
     subprocess.run(query, check=True)
     print(f"\nAll of it took {(time.time() - start) / 60:.1f} minutes.")

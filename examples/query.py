@@ -2,8 +2,8 @@
 
     python examples/query.py saved_models/language_model/1 EXPECTED.npz
 
-EXPECTED.npz holds `prompts`, their `tokens`, and the `probabilities` that the training process
-computed for them.
+EXPECTED.npz holds `prompts`, their `tokens` and `lengths`, and the `probabilities` that the
+training process computed for them.
 """
 
 import logging
@@ -30,11 +30,15 @@ def main(path, expected_path):
         )
         print(f"  {prompt} … {guesses}")
 
-    tokens = tf.constant(expected["tokens"])
-    probabilities = served.signatures["serving_default"](tokens=tokens)["probabilities"]
-    error = np.abs(probabilities - expected["probabilities"]).max()
+    lengths = expected["lengths"]
+    answer = served.signatures["serving_default"](
+        tokens=tf.constant(expected["tokens"]), lengths=tf.constant(lengths)
+    )
+    inside = np.arange(max(lengths)) < lengths[:, None]  # Behind a prompt's end there are zeros.
+    probabilities = answer["probabilities"].numpy()[inside]
+    error = np.abs(probabilities - expected["probabilities"][inside]).max()
     print(
-        f"{probabilities.shape[0]} prompts, {tf.size(probabilities):,} probabilities: "
+        f"{len(lengths)} prompts, {probabilities.size:,} probabilities: "
         f"at most {error:.1e} from those of the training process"
     )
     if not error < 1e-5:

@@ -142,9 +142,16 @@ def plot_capacity(rows, path):
             for column in ("perplexity", "lowest", "highest")
         )
         axes.errorbar(x, y, (y - low, high - y), fmt=style, capsize=4, label=kind)
+        # Beside the points: above those of one kind and below those of the other, left of the rest.
+        offset, side = {"o-": ((5, -11), "left"), "s--": ((5, 5), "left")}.get(
+            style, ((-8, -3), "right")
+        )
         for (name, _), *point in zip(members, x, y, strict=True):
-            axes.annotate(name, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                name, point, xytext=offset, textcoords="offset points", fontsize=8, ha=side
+            )
     axes.set_xscale("log")
+    axes.margins(x=0.17)
     axes.set(xlabel="parameters without embedding and softmax", ylabel="test perplexity")
     axes.set_title("Equal operations per word, equal batches")
     axes.legend()

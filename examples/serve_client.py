@@ -4,26 +4,58 @@
     python examples/serve_client.py --grpc localhost:8500 "we must protect the"
 
 saved_models/README.md tells how to start the server. Where it can't be reached or is busy, both
-clients try again, since a question does no harm when it is asked twice. An answer that takes too
-long is an error.
+clients try again until their time is up, since a question does no harm when it is asked twice. They
+wait for longer each time, and not for equally long: else all callers that a busy server has sent
+away would be back at the same moment.
 """
 
 import argparse
-import json
+import itertools
+import random
 import sys
+import time
 
 import grpc
 import numpy as np
 import requests
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
-from urllib3.util import Retry
 
-ATTEMPTS = 5  # the most that gRPC allows
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds
+BUSY_STATUS = {429, 502, 503, 504}
+BUSY_CODES = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
 class ServerError(Exception):
     """What went wrong on the server, or on the way to it."""
+
+
+class BusyError(ServerError):
+    """The server has not begun with the question, and may answer it later."""
+
+
+def ask_until(deadline, ask):
+    """Asks until there is an answer or no time left.
+
+    Args:
+        deadline: By `time.monotonic`.
+        ask: Function of the seconds left; raises `BusyError` where it may be called again.
+
+    Returns:
+        What `ask` returns.
+
+    Raises:
+        ServerError: If there is no answer, or none in time.
+    """
+    for attempt in itertools.count():
+        try:
+            return ask(max(deadline - time.monotonic(), 1e-3))
+        except BusyError as error:
+            # Any time up to twice the last one, so that callers spread ("full jitter").
+            pause = random.uniform(0, min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))
+            if time.monotonic() + pause >= deadline:
+                raise ServerError(f"no answer in time, {attempt + 1} attempts: {error}") from error
+            time.sleep(pause)
 
 
 class RestClient:
@@ -32,22 +64,15 @@ class RestClient:
     Args:
         url: As `http://localhost:8501`.
         model: The model's name on the server.
-        timeout: Seconds to wait for an answer, each time.
+        timeout: Seconds to wait for an answer, all attempts together.
+        connections: The most callers of this client at the same time that keep their connections.
     """
 
-    def __init__(self, url, model, timeout=5.0):
+    def __init__(self, url, model, timeout=5.0, connections=64):
         self.url = f"{url}/v1/models/{model}:predict"
         self.timeout = timeout
-        again = Retry(
-            ATTEMPTS - 1,
-            read=0,  # After a time-out the server may be at work on it still.
-            backoff_factor=0.1,
-            status_forcelist=[429, 502, 503, 504],
-            allowed_methods=None,
-            raise_on_status=False,
-        )
         self.session = requests.Session()
-        self.session.mount(url, requests.adapters.HTTPAdapter(max_retries=again))
+        self.session.mount(url, requests.adapters.HTTPAdapter(pool_maxsize=connections))
 
     def predict(self, signature, **inputs):
         """Asks a signature.
@@ -65,16 +90,27 @@ class RestClient:
         """
         inputs = {name: np.asarray(value).tolist() for name, value in inputs.items()}
         body = {"signature_name": signature, "inputs": inputs}
-        try:
-            response = self.session.post(self.url, json=body, timeout=self.timeout)
-            answer = response.json()
-        except requests.RequestException as error:
-            raise ServerError(str(error)) from error
-        if "outputs" not in answer:
-            raise ServerError(answer.get("error", f"status {response.status_code}"))
-        outputs = answer["outputs"]
+        outputs = ask_until(time.monotonic() + self.timeout, lambda left: self._post(body, left))
         outputs = outputs if isinstance(outputs, dict) else {"outputs": outputs}
         return {name: np.array(value) for name, value in outputs.items()}
+
+    def _post(self, body, seconds):
+        try:
+            response = self.session.post(self.url, json=body, timeout=seconds)
+        except requests.ConnectTimeout as error:
+            raise ServerError(str(error)) from error
+        except requests.ConnectionError as error:
+            raise BusyError(str(error)) from error
+        except requests.RequestException as error:  # The server may be at work on it still.
+            raise ServerError(str(error)) from error
+        try:
+            answer = response.json()
+        except requests.JSONDecodeError:  # of a proxy before the server
+            answer = {}
+        if "outputs" in answer:
+            return answer["outputs"]
+        kind = BusyError if response.status_code in BUSY_STATUS else ServerError
+        raise kind(answer.get("error", f"status {response.status_code}"))
 
 
 class GrpcClient:
@@ -89,17 +125,9 @@ class GrpcClient:
     def __init__(self, address, model, timeout=5.0):
         self.model = model
         self.timeout = timeout
-        retry = {
-            "maxAttempts": ATTEMPTS,
-            "initialBackoff": "0.1s",
-            "maxBackoff": "2s",
-            "backoffMultiplier": 2,
-            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-        }
-        service = {"service": "tensorflow.serving.PredictionService"}
-        config = {"methodConfig": [{"name": [service], "retryPolicy": retry}]}
         options = [
-            ("grpc.service_config", json.dumps(config)),
+            ("grpc.enable_retries", 0),  # at most five times, with which a busy server isn't done
+            ("grpc.initial_reconnect_backoff_ms", 100),  # instead of a second
             ("grpc.max_receive_message_length", -1),  # instead of 4 MB
         ]
         channel = grpc.insecure_channel(address, options)
@@ -123,11 +151,16 @@ class GrpcClient:
         request.model_spec.signature_name = signature
         for name, value in inputs.items():
             request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
+        outputs = ask_until(time.monotonic() + self.timeout, lambda left: self._call(request, left))
+        return {name: tf.make_ndarray(value) for name, value in outputs.items()}
+
+    def _call(self, request, seconds):
         try:
-            response = self.stub.Predict(request, timeout=self.timeout)
+            return self.stub.Predict(request, timeout=seconds).outputs
         except grpc.RpcError as error:
-            raise ServerError(f"{error.code().name}: {error.details()}") from error
-        return {name: tf.make_ndarray(value) for name, value in response.outputs.items()}
+            too_large = "larger than max" in error.details()  # has the code of a busy server
+            kind = BusyError if error.code() in BUSY_CODES and not too_large else ServerError
+            raise kind(f"{error.code().name}: {error.details()}") from error
 
 
 def main(arguments=None):
@@ -139,7 +172,7 @@ def main(arguments=None):
     where.add_argument("--rest", default="http://localhost:8501", metavar="URL", help="%(default)s")
     where.add_argument("--grpc", metavar="HOST:PORT", help="ask by gRPC instead")
     parser.add_argument("--model", default="language_model", help="name on the server")
-    parser.add_argument("--timeout", type=float, default=5.0, help="seconds for an answer")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds, all attempts together")
     parser.add_argument("sentences", nargs="+", help="beginnings of sentences")
     args = parser.parse_args(arguments)
     if args.grpc:

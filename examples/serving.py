@@ -3,11 +3,13 @@
 import tensorflow as tf
 from vocabulary import EOS_ID, PADDING_ID
 
+from keras_moe.serving import token_signature
+
 MAX_WORDS = 255  # A sentence as long as a book would take all memory of a server.
 
 # A server answers these before it lets a version in, since first requests are slow.
 WARM_UP = {
-    "serving_default": {"tokens": [[EOS_ID]]},
+    "serving_default": {"tokens": [[EOS_ID]], "lengths": [1]},
     "score": {"sentences": ["the"]},
     "next_words": {"sentences": ["the"]},
 }
@@ -33,10 +35,16 @@ def sequences(lookup, sentences):
 def signatures(model, lookup):
     """The signatures of an export, for `keras_moe.export_saved_model`.
 
-    - `serving_default`: `tokens` int32 [B, L], up to 256 of them, to `probabilities` float32
-      [B, L, V], those of the word after each position.
-    - `score`: `sentences` string [B] to `log_probabilities` float32 [B, L], those of its words and
-      of its end, padded with 0.
+    All are safe where a server puts requests of several callers together, of any lengths.
+
+    - `serving_default`: `tokens` int32 [B, L] and `lengths` int32 [B], how many of each row count,
+      up to 256, to `probabilities` float32 [B, longest, V], those of the word after each position,
+      0 behind a row's end, and `status` string [B], `"ok"` or the fault of a row without an answer
+      (`keras_moe.serving.token_signature`).
+    - `score`: `sentences` string [B] to `log_probabilities` float32 [B, longest], those of its
+      words and of its end, and `lengths` int32 [B], how many these are. It is as wide as the
+      longest sentence of the batch, also of other callers: behind a sentence's length there are
+      zeros, to be cut off.
     - `next_words`: `sentences` string [B] to `words` and their `probabilities` [B, 5], the
       likeliest first.
 
@@ -47,19 +55,16 @@ def signatures(model, lookup):
     vocabulary = tf.constant(lookup.get_vocabulary())
 
     def probabilities(tokens):
-        length = tf.shape(tokens)[1]
-        checks = [
-            tf.debugging.assert_less_equal(length, MAX_WORDS + 1, "A sequence is too long."),
-            # Ids too large are an error anyway; Keras counts negative ones from the end.
-            tf.debugging.assert_non_negative(tokens, "An id is negative."),
-        ]
-        with tf.control_dependencies(checks):
-            return {"probabilities": tf.exp(model(tf.identity(tokens)))}
+        return {"probabilities": tf.exp(model(tokens))}
 
     def score(sentences):
         inputs, targets = sequences(lookup, sentences)
         scores = tf.gather(model(inputs), targets, batch_dims=2)
-        return {"log_probabilities": tf.where(targets == PADDING_ID, 0.0, scores)}
+        words = targets != PADDING_ID
+        return {
+            "log_probabilities": tf.where(words, scores, 0.0),
+            "lengths": tf.reduce_sum(tf.cast(words, tf.int32), axis=1),
+        }
 
     def next_words(sentences):
         inputs, _ = sequences(lookup, sentences)
@@ -69,7 +74,12 @@ def signatures(model, lookup):
 
     sentences = [tf.TensorSpec([None], tf.string)]
     return {
-        "serving_default": (probabilities, [tf.TensorSpec([None, None], tf.int32)]),
+        "serving_default": token_signature(
+            probabilities,
+            [tf.TensorSpec([None, None], tf.int32)],
+            vocabulary_size=model.vocabulary_size,
+            max_length=MAX_WORDS + 1,
+        ),
         "score": (score, sentences),
         "next_words": (next_words, sentences),
     }

@@ -61,7 +61,8 @@ class Translator:
         """The signatures of an export, for `keras_moe.export_saved_model`.
 
         - `serving_default`: `sentences` string [B] to `translations` string [B] and their `scores`
-          float32 [B]. Of a sentence of more than 255 word pieces the first 255 count.
+          float32 [B]. Of a sentence of more than 255 word pieces the first 255 count. Requests of
+          any lengths may be put together: each is translated as if it were alone.
         """
 
         def serve(sentences):

@@ -131,6 +131,7 @@ def main(args):
         args.export,
         signatures=translators[name].signatures(),
         warm_up=translating.WARM_UP,
+        server_files=True,
     )
     print(f"wrote {exported}")
     check_export(exported, data, shown, name, pieces, args)

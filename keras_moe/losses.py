@@ -17,6 +17,11 @@ def cv_squared(x):
     The population variance over the squared mean: 0 when all entries are equal, N - 1 when a
     single one of N entries is not zero.
 
+    Example:
+    ```python
+    keras_moe.losses.cv_squared(ops.array([1.0, 0.0, 0.0, 0.0]))  # 3.0
+    ```
+
     Args:
         x: Float tensor [N], not negative.
 
@@ -30,6 +35,11 @@ def cv_squared(x):
 def max_over_mean(x):
     """The largest entry of a vector over its mean, the last column of Table 6.
 
+    Example:
+    ```python
+    keras_moe.losses.max_over_mean(ops.array([3.0, 1.0, 1.0, 0.0]))  # 2.4
+    ```
+
     Args:
         x: Float tensor [N], not negative.
 
@@ -41,6 +51,13 @@ def max_over_mean(x):
 
 def importance(gates, expert_index, num_experts):
     """Importance of each expert: the sum of its gates over the batch (equation 6).
+
+    Example:
+    ```python
+    gates = ops.array([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]])
+    expert_index = ops.array([[0, 1], [0, 2], [0, 1]])
+    keras_moe.losses.importance(gates, expert_index, 4)  # [2.25, 0.25, 0.5, 0.0]
+    ```
 
     Args:
         gates: Float tensor [T, K]. Entries that are not finite are left out: an example that is
@@ -57,6 +74,13 @@ def importance(gates, expert_index, num_experts):
 
 def hard_load(gates, expert_index, num_experts):
     """Number of examples routed to each expert. It has no gradient.
+
+    Example:
+    ```python
+    gates = ops.array([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]])  # A gate of 0 is no choice.
+    expert_index = ops.array([[0, 1], [0, 2], [0, 1]])
+    keras_moe.losses.hard_load(gates, expert_index, 4)  # [3.0, 1.0, 1.0, 0.0]
+    ```
 
     Args:
         gates: Float tensor [T, K].
@@ -94,6 +118,11 @@ def router_z_loss(logits, counted=None):
     """Keeps the logits of a gating small: the mean of logsumexp(x·W_g)² over the examples.
 
     Zoph et al. (2022, "ST-MoE", arXiv:2202.08906), equation 5.
+
+    Example:
+    ```python
+    keras_moe.losses.router_z_loss(ops.zeros((3, 4)))  # log(4)²
+    ```
 
     Args:
         logits: Float tensor [T, N], without noise. Examples with NaN or infinity are left out.

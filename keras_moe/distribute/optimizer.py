@@ -27,7 +27,8 @@ class ExpertParallel(WrappedOptimizer):
     Example:
     ```python
     with tf.distribute.MirroredStrategy().scope():
-        model = keras.Sequential([..., keras_moe.SparseMoE(64, 256, expert_parallel=True), ...])
+        moe = keras_moe.SparseMoE(64, 256, expert_parallel=True)
+        model = keras.Sequential([keras.Input((8,)), moe])
         model.compile(keras_moe.distribute.ExpertParallel(keras.optimizers.Adam()), "mse")
     ```
 

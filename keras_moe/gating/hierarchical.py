@@ -32,6 +32,12 @@ class HierarchicalGating(NoisyGating):
     every choice is taken has nothing to estimate and is counted. Without noise both are, and the
     fraction is the number of rows of the expert.
 
+    Example:
+    ```python
+    gating = keras_moe.HierarchicalGating(num_groups=4, experts_per_group=3, k=(2, 1))
+    layer = keras_moe.HierarchicalMoE(4, 3, hidden_units=16, gating=gating)
+    ```
+
     Args:
         num_groups: A, the number of groups.
         experts_per_group: B, the number of experts in each group.

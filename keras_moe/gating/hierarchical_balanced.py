@@ -29,6 +29,13 @@ class HierarchicalBalancedGating(BalancedGating):
     own. The gate of expert j of group i is the product G_primary(x)_i · G_i(x)_j (equation 12).
     Each example meets the secondary kernels of its groups and no others.
 
+    Example:
+    ```python
+    layer = keras_moe.HierarchicalMoE(
+        2, 3, hidden_units=16, k=(1, 1), gating="strictly_balanced"
+    )
+    ```
+
     Args:
         num_groups: A, the number of groups.
         experts_per_group: B, the number of experts in each group.

@@ -76,6 +76,12 @@ class NoisyTopKGating(NoisyGating):
     k = 1 that softmax is constant and would teach the gating nothing, so the gate is then the
     chosen expert's probability under the softmax over all experts.
 
+    Example:
+    ```python
+    gating = keras_moe.NoisyTopKGating(num_experts=8, k=2, noise=False)
+    layer = keras_moe.SparseMoE(8, hidden_units=16, gating=gating)
+    ```
+
     Args:
         num_experts: N, the number of experts.
         k: K, the number of experts chosen per example, from 1 to N.

@@ -12,6 +12,11 @@ from keras_moe.gating.routing import make_routing
 class SoftmaxGating(Gating):
     """Dense gating: every expert, weighted by softmax(x·W_g) (equation 2).
 
+    Example:
+    ```python
+    layer = keras_moe.SparseMoE(4, hidden_units=16, gating="softmax")
+    ```
+
     Args:
         num_experts: N, the number of experts.
         router_z_loss_weight: Weight of `losses.router_z_loss`, not negative.

@@ -78,6 +78,12 @@ class StrictlyBalancedGating(BalancedGating):
     The thresholds begin at zero, where nothing is cut off, and learn from L_batchwise
     (equation 20), a loss that is zero where both ways choose alike.
 
+    Example:
+    ```python
+    gating = keras_moe.StrictlyBalancedGating(num_experts=4, k=2, batchwise_loss_weight=1e-4)
+    layer = keras_moe.SparseMoE(4, hidden_units=16, gating=gating)
+    ```
+
     Args:
         num_experts: N, the number of experts.
         k: The number of experts per example on average, from 1 to N.

@@ -22,6 +22,12 @@ class AttentionLSTM(FreezableParts, keras.layers.Layer):
     as in GNMT (Wu et al., 2016, arXiv:1609.08144); h_0 and c_0 are zeros. The LSTM is a
     `ProjectedLSTMCell`.
 
+    Example:
+    ```python
+    lstm = keras_moe.layers.AttentionLSTM(32, 8)
+    h, weights = lstm(query, value, source != 0, return_attention_scores=True)
+    ```
+
     Args:
         units: U, the size of the LSTM's memory c.
         projection: P, the size of the output h.

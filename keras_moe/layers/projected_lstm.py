@@ -17,6 +17,13 @@ class ProjectedLSTMCell(keras.layers.Layer):
 
     Without the projection P this is `keras.layers.LSTMCell`. There are no peepholes.
 
+    Example:
+    ```python
+    cell = keras_moe.layers.ProjectedLSTMCell(32, 8)
+    states = [ops.zeros((2, 8)), ops.zeros((2, 32))]
+    h, states = cell(ops.ones((2, 4)), states)
+    ```
+
     Args:
         units: U, the size of the memory c.
         projection: P, the size of the output h.

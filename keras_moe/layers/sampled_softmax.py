@@ -18,6 +18,13 @@ class SampledSoftmax(keras.layers.Dense):
     batch, drawn without replacement: word i with a probability ∝ log((i + 2) / (i + 1)), as fits
     Zipf's law (Jean et al., 2015, arXiv:1412.2007).
 
+    Example:
+    ```python
+    softmax = keras_moe.layers.SampledSoftmax(vocabulary_size=100, num_sampled=10)
+    log_probabilities = softmax(hidden)
+    loss = softmax.sampled_loss(hidden, targets)
+    ```
+
     Args:
         vocabulary_size: V; ids are sorted by decreasing frequency, as the sampler supposes.
         num_sampled: Words drawn per batch; at most all of them. `None` draws none: `sampled_loss`

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe.arguments import check_weight
-from keras_moe.backend import collectives, layer_metrics, tracing
+from keras_moe.backend import STATIC_SHAPES, collectives, layer_metrics, tracing
 from keras_moe.contract.own_losses import OwnLosses, called_model, layers_by_name
 
 
@@ -57,7 +57,7 @@ class CountsBalance(layer_metrics.HasStateOfMetrics, OwnLosses):
         self._balance_has_own_name()
         if tracing.current_graph() is self._uncounted.graph:
             self._uncounted.calls.append(values)
-        else:  # A loop or a branch, which the values cannot leave.
+        elif not STATIC_SHAPES:  # A loop or a branch, which state alone can leave, under JAX none.
             self._balance.update_state(values)
 
     def on_call_begins(self):

@@ -36,6 +36,13 @@ def footprint(model):
     out, 214M and 278M: 180M in its LSTMs, 33M in the softmax and in each embedding. The product of
     each word of the target with each of the source, which attention is, is left out.
 
+    Example:
+    ```python
+    counted = keras_moe.models.footprint("MoE-131072-h")
+    print(f"{counted.ops_per_timestep:,} operations, {counted.parameters:,} parameters")
+    # 9,699,328 operations, 137,577,631,744 parameters
+    ```
+
     Args:
         model: A `LanguageModel` or `TranslationModel`; or a `Preset`, a `TranslationPreset` or the
             name of a `Preset`, whose model is then built without its values, so that 137 billion

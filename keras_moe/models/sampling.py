@@ -13,6 +13,12 @@ def generate(
 
     Word by word from its distribution over the next one, until it draws the end of the sentence.
 
+    Example:
+    ```python
+    prompts = [[5, 6], []]
+    texts = keras_moe.models.generate(model, prompts, eos_id=2, excluded=[0, 1], max_words=4)
+    ```
+
     Args:
         model: A `LanguageModel`, or any other function from tokens [B, L] to the logits or
             log-probabilities [B, L, V] of the word after each, which may depend on that word and

@@ -204,6 +204,13 @@ class WordModel(FreezableParts, keras.Model):
 class Perplexity(keras.metrics.Mean):
     """The exponential of the mean cross-entropy of all words seen, which may have weights.
 
+    Example:
+    ```python
+    metric = keras_moe.models.Perplexity()
+    metric.update_state([np.log(4.0), np.log(16.0)])  # Cross-entropies of two words.
+    metric.result()  # 8.0
+    ```
+
     Args:
         name: The metric's name.
         dtype: Its precision. Default: that of Keras' losses, but at least float32, as in float16

@@ -4,6 +4,7 @@ from keras_moe.backend import NAME, requirements
 
 if NAME == "tensorflow":
     from keras_moe.serving.export import export_saved_model
+    from keras_moe.serving.token_signature import token_signature
 else:
 
     def export_saved_model(*args, **kwargs):
@@ -12,11 +13,16 @@ else:
         Raises:
             RuntimeError: Whatever it is called with.
         """
-        requirements.need_tensorflow(
-            "`export_saved_model`",
-            'Save the model, `model.save("model.keras")`, load it where KERAS_BACKEND=tensorflow, '
-            "and export it there.",
-        )
+        requirements.need_tensorflow("`export_saved_model`", _INSTEAD)
+
+    def token_signature(*args, **kwargs):
+        """Refuses, as `export_saved_model` does, of which it makes a signature."""
+        requirements.need_tensorflow("`token_signature`", _INSTEAD)
 
 
-__all__ = ["export_saved_model"]
+_INSTEAD = (
+    'Save the model, `model.save("model.keras")`, load it where KERAS_BACKEND=tensorflow, and '
+    "export it there."
+)
+
+__all__ = ["export_saved_model", "token_signature"]

@@ -3,14 +3,25 @@
 import keras
 import tensorflow as tf
 
+from keras_moe.serving import server_files as files
 from keras_moe.serving import signatures as tracing
 from keras_moe.serving import versions
 from keras_moe.serving import warm_up as warming
+from keras_moe.serving.token_signature import token_signature
 from keras_moe.serving.weights import StoredWeights
 
 
 def export_saved_model(
-    model, path, version=None, signatures=None, *, track=(), dtype=None, warm_up=None
+    model,
+    path,
+    version=None,
+    signatures=None,
+    *,
+    lengths=False,
+    track=(),
+    dtype=None,
+    warm_up=None,
+    server_files=False,
 ):
     """Exports a model for TensorFlow Serving, as the next version in its folder.
 
@@ -21,8 +32,9 @@ def export_saved_model(
 
     The signatures hold what answers a request and nothing else: no noise, no dropping, no state of
     seeds, metrics or the optimizer, nothing that is written. What a mixture answers to an example
-    doesn't depend on the rest of the batch, and few examples read the chosen feed-forward experts'
-    weights alone. Whoever loads a version can take gradients of its answers.
+    doesn't depend on the rest of the batch, but for the rounding of its last digits, no more than
+    of a dense layer's, and few examples read the chosen feed-forward experts' weights alone.
+    Whoever loads a version can take gradients of its answers.
 
     Example:
     ```python
@@ -52,6 +64,9 @@ def export_saved_model(
             it returns tensors by name, or one, which then is called `outputs`. An input has the
             name of its spec, or else of the function's argument. Without `"serving_default"` among
             them that is the model's own call, its inputs named as its `keras.Input`s, or `inputs`.
+        lengths: Whether the model's own call takes ids of tokens and how many of them each row has,
+            as `token_signature` makes it. Where a server puts requests of different lengths
+            together, nothing else is safe but strings.
         track: List of what the functions use besides the model: other layers, lookup tables.
         dtype: `"bfloat16"` stores float32 matrices in half the room, gatings excepted, and
             computes in the model's precision. `None` stores all weights as they are: also in int8,
@@ -59,6 +74,8 @@ def export_saved_model(
         warm_up: Requests that a server answers before it lets the version take the place of the
             one before: dict from names of signatures to a dict from names of inputs to values, or
             to a list of such dicts. Takes `pip install keras_moe[serving]`.
+        server_files: Whether to write, beside the versions, `batching_parameters.txt` and
+            `monitoring_config.txt` for TensorFlow Serving. Files that are there stay as they are.
 
     Returns:
         A `pathlib.Path`, the folder of the version.
@@ -77,7 +94,13 @@ def export_saved_model(
 
     signatures = dict(signatures or {})
     if "serving_default" not in signatures:
-        signatures["serving_default"] = tracing.of_model(model)
+        own = token_signature if lengths else tracing.of_model
+        signatures["serving_default"] = own(model)
+    elif lengths:
+        raise ValueError(
+            "`lengths` is for the model's own call: leave `serving_default` out, or make it by "
+            f"`keras_moe.serving.token_signature`. Received: signatures={signatures!r}"
+        )
     layers = [part for part in (model, *track) if isinstance(part, keras.layers.Layer)]
     weights = StoredWeights(layers, dtype)
     traced = {name: tracing.trace(name, pair, weights) for name, pair in signatures.items()}
@@ -93,7 +116,10 @@ def export_saved_model(
         if records:
             warming.write_records(records, folder)
 
-    return versions.publish(write, path, version)
+    version_path = versions.publish(write, path, version)
+    if server_files:
+        files.write_missing(path)
+    return version_path
 
 
 def _resources(parts):

@@ -64,7 +64,9 @@ def of_model(model):
     alone = len(tf.nest.flatten(inputs)) == 1
 
     def with_name(x):
-        return _as_spec(x, "inputs" if alone and _NUMBERED.fullmatch(x.name) else x.name)
+        name = "inputs" if alone and _NUMBERED.fullmatch(x.name) else x.name
+        # Of any number of rows, also where a model remembers that of its first batch.
+        return tf.TensorSpec([None, *x.shape[1:]], x.dtype, name)
 
     return model, [tf.nest.map_structure(with_name, inputs)]
 
@@ -85,15 +87,14 @@ def trace(name, pair, weights):
         ValueError: If the pair is none, an input or an output has no name of its own, an output
             is a scalar, or the graph has something in it that no server is to run.
     """
-    function, specs = _with_names(name, pair)
+    function, specs = with_names(name, pair)
     # What a tf.function has traced before reads other variables than those to be stored.
     function = getattr(function, "python_function", function)
 
     @tf.function(input_signature=specs, autograph=False)
     def signature(*inputs):
         with ServingScope(weights):
-            outputs = function(*inputs)
-        return outputs if isinstance(outputs, dict) else _by_name(outputs)
+            return by_name(function(*inputs))
 
     concrete = signature.get_concrete_function()
     for key, output in concrete.structured_outputs.items():
@@ -106,7 +107,8 @@ def trace(name, pair, weights):
     return Signature(concrete, {spec.name: spec for spec in tf.nest.flatten(specs)})
 
 
-def _with_names(name, pair):
+def with_names(name, pair):
+    """A function and a list of its arguments' specs, each with a name; else ValueError."""
     try:
         function, specs = pair
         specs = list(specs)
@@ -135,7 +137,10 @@ def _as_spec(x, name):
     return tf.TensorSpec(x.shape, x.dtype, name)
 
 
-def _by_name(outputs):
+def by_name(outputs):
+    """Outputs as a dict from their names, as servers call them."""
+    if isinstance(outputs, dict):
+        return outputs
     flat = tf.nest.flatten(outputs)
     if len(flat) == 1:
         return {"outputs": flat[0]}

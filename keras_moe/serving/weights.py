@@ -6,6 +6,7 @@ import tensorflow as tf
 from keras_moe.distribute.sharded_variable import ShardedVariable
 from keras_moe.experts.feed_forward import FeedForwardExperts
 from keras_moe.mixture.sparse_moe import SparseMoE
+from keras_moe.serving.internals import layers_within
 
 
 class StoredWeights:
@@ -26,8 +27,7 @@ class StoredWeights:
     """
 
     def __init__(self, layers, dtype=None):
-        # Private, but nothing public finds layers inside other layers (checked with Keras 3.15).
-        parts = [part for layer in layers for part in layer._flatten_layers()]
+        parts = [part for layer in layers for part in layers_within(layer)]
         weights = {id(weight): weight for layer in layers for weight in layer.weights}
         exact = {id(weight) for part in parts for weight in _exact(part)}
         self._read_by_rows = {id(weight) for part in parts for weight in _read_by_rows(part)}

@@ -22,9 +22,10 @@ def grow(layer, num_experts, k=None):
     Old expert i is new expert i; the others are copies of 0, 1, … with their columns of the
     gating's weights. From N to 2N experts, together with k to 2k, the layer computes what it did
     before (k > 1, or the softmax gating, which needs no k): an expert and its copy have equal
-    logits, are chosen together, and share the gate. The noise of the gating tells them apart in
-    training. With any other number, or the same k, the copies take the places of other choices
-    and the outputs change at first. Without noise equal experts with equal logits stay equal.
+    logits, are chosen together, and share the gate. (Not so where different experts have equal
+    logits, as before any training.) The noise of the gating tells them apart in training. With any
+    other number, or the same k, the copies take the places of other choices and the outputs change
+    at first. Without noise equal experts with equal logits stay equal.
 
     Example:
     ```python

@@ -10,6 +10,12 @@ from keras_moe.surgery.resizing import size_in_units
 def used_experts(model, x, min_share=0.0):
     """Finds the experts of a model that some data use, for `prune` to keep.
 
+    Example:
+    ```python
+    used = keras_moe.used_experts(model, x_val)
+    print({name: len(experts) for name, experts in used.items()})  # of each mixture
+    ```
+
     Args:
         model: A built model.
         x: One batch, as the model takes it, or batches as in `callbacks.ExpertLoadReport`; no

@@ -86,7 +86,7 @@ def _place(nodes):
     for node in nodes:
         if node.op.startswith("_") and node.op not in ("_SwitchN",):
             continue  # the function's arguments and results, and what CPUs alone fuse
-        kernel = _gpu_kernel(node)
+        kernel = gpu_kernel(node)
         if kernel is None:
             found.missing[node.name] = node.op
         if node.op not in _FREE:
@@ -107,7 +107,7 @@ def _place(nodes):
 
 
 def _on_host(node, number, arguments):
-    kernel = _gpu_kernel(node)
+    kernel = gpu_kernel(node)
     return kernel is None or _arguments(node, arguments)[number] in kernel.host_memory_arg
 
 
@@ -129,7 +129,8 @@ def _arguments(node, arguments):
     return names
 
 
-def _gpu_kernel(node):
+def gpu_kernel(node):
+    """The kernel that a GPU has for an operation with those dtypes, or `None`."""
     for device in ("GPU", "DEFAULT"):
         for kernel in _kernels(node.op):
             if kernel.device_type == device and all(_allows(c, node) for c in kernel.constraint):

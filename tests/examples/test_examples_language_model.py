@@ -17,6 +17,7 @@ from helpers import assert_keeps_no_state
 
 from keras_moe import SparseMoE
 from keras_moe.models import LanguageModel
+from keras_moe.serving import server_files
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
@@ -109,7 +110,10 @@ def test_demo_draws_pictures(demo, name):
 def test_demo_queries_its_export_without_keras(demo):
     output, folder = demo
     assert re.search(r"^\d prompts, [\d,]+ probabilities: at most \d\.\de-\d\d ", output, re.M)
-    assert [path.name for path in (folder / "exported").iterdir()] == ["1"]
+    assert sorted(path.name for path in (folder / "exported").iterdir()) == [
+        "1",
+        *sorted(server_files.FILES),
+    ]
     served = tf.saved_model.load(folder / "exported" / "1")
     assert_keeps_no_state(served)
     answer = served.signatures["next_words"](sentences=tf.constant(["the", "we have the"]))
@@ -133,9 +137,11 @@ def test_the_signatures_of_the_demo_agree(demo):
     same = served["score"](sentences=tf.constant([long, long[4000:]]))["log_probabilities"].numpy()
     assert same.shape == (2, 256)
     np.testing.assert_array_equal(same[0], same[1])
-    served["serving_default"](tokens=tf.ones([1, 256], tf.int32))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="A sequence is too long"):
-        served["serving_default"](tokens=tf.ones([1, 257], tf.int32))
+    answer = served["serving_default"](
+        tokens=tf.ones([2, 257], tf.int32), lengths=tf.constant([256, 257])
+    )
+    assert answer["status"].numpy().tolist() == [b"ok", b"`tokens` must have at most 256 ids"]
+    assert answer["probabilities"].shape == (2, 256, 300)
 
 
 @pytest.mark.parametrize("preset", ["MoE-32", "4xLSTM-512"])

@@ -24,7 +24,12 @@ TOLERANCE = {"float64": 1e-5, "bfloat16": 0.1, "float16": 0.02}
 IDS = ("uint8", "uint16", "int16", "uint32", "int64", "float32", "float64")
 
 
-@pytest.fixture(params=["float64", "bfloat16", "float16"])
+def usually(usual, others):
+    """Parameters of a test: `usual` ones, and others that are tried when tests may take minutes."""
+    return [*usual, *(pytest.param(other, marks=pytest.mark.exhaustive) for other in others)]
+
+
+@pytest.fixture(params=usually(["float64", "float16"], ["bfloat16"]))
 def floatx(request):
     before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(request.param)
@@ -72,7 +77,9 @@ def check(model, name, tmp_path):
     np.testing.assert_allclose(answer, predictions, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy", usually(["mixed_bfloat16", "float16"], POLICIES[:1] + POLICIES[2:4])
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_with_mixtures_works_in_any_precision(name, policy, tmp_path):
     check(make(name, middle=True, dtype=policy), name, tmp_path)
@@ -178,28 +185,25 @@ def test_attention_is_as_precise_as_float64():
     np.testing.assert_allclose(context, expected @ value, rtol=1e-12)
 
 
-@pytest.mark.parametrize("ids", IDS)
+def results_with(name, num_sampled, dtype):
+    """What training, evaluation, prediction and a call make of ids of a type."""
+    model, x = make(name, num_sampled=num_sampled), inputs(name, dtype)
+    model.compile("sgd")
+    data = x, TARGETS.astype(dtype)
+    history = model.fit(*data, validation_data=data, verbose=0).history
+    evaluated = model.evaluate(tf.data.Dataset.from_tensors(data), verbose=0)
+    return [*history["val_loss"], evaluated, model.predict(x, verbose=0), model(x)]
+
+
 @pytest.mark.parametrize(
-    ("name", "num_sampled"), [("language", None), ("language", 5), ("translation", None)]
+    ("name", "num_sampled", "types"),
+    [("language", None, IDS), ("language", 5, IDS[:1]), ("translation", None, IDS[-2:-1])],
 )
-def test_ids_are_taken_in_any_type(name, num_sampled, ids):
-    results = []
-    for dtype in ("int32", ids):
-        model, x = make(name, num_sampled=num_sampled), inputs(name, dtype)
-        model.compile("sgd")
-        data = x, TARGETS.astype(dtype)
-        history = model.fit(*data, validation_data=data, verbose=0).history
-        batches = tf.data.Dataset.from_tensors(data)
-        results.append(
-            [
-                *history["val_loss"],
-                model.evaluate(batches, verbose=0),
-                model.predict(x, verbose=0),
-                model(x),
-            ]
-        )
-    for received, wanted in zip(*results, strict=True):
-        np.testing.assert_allclose(received, wanted, rtol=1e-5)
+def test_ids_are_taken_in_any_type(name, num_sampled, types):
+    wanted = results_with(name, num_sampled, "int32")
+    for ids in types:
+        for ours, theirs in zip(results_with(name, num_sampled, ids), wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=ids)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16"])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import batching_server
 import c_api
 import keras
 import numpy as np
@@ -36,13 +37,20 @@ class Exported:
     def request(self, signature, batch):
         rng = np.random.default_rng(batch)
         if signature == "serving_default":
-            return {"tokens": rng.integers(0, 13, size=(batch, 1 + batch % 5)).astype("int32")}
+            width = 1 + batch % 5
+            tokens = rng.integers(1, 13, size=(batch, width)).astype("int32")
+            lengths = rng.integers(1, width + 1, size=batch).astype("int32")
+            lengths[0] = width
+            return {"tokens": tokens, "lengths": lengths}
         sentences = [" ".join(rng.choice(WORDS, size=i % 6)) for i in range(batch)]
         return {"sentences": np.array(sentences, "S")}
 
     def expected(self, signature, request):
         if signature == "serving_default":
-            return {"probabilities": np.exp(self.model.predict(request["tokens"], verbose=0))}
+            tokens, lengths = request.values()
+            inside = np.arange(tokens.shape[1]) < lengths[:, None]
+            answer = np.exp(self.model.predict(tokens * inside, verbose=0)) * inside[..., None]
+            return {"probabilities": answer, "status": np.full(len(tokens), b"ok", object)}
         function, _ = self.signatures[signature]
         return {name: value.numpy() for name, value in function(**request).items()}
 
@@ -52,7 +60,7 @@ def exported(tmp_path_factory):
     return Exported(tmp_path_factory.mktemp("exported"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(exported, program):
     server = c_api.Server(program, exported.path)
     yield server
@@ -99,9 +107,10 @@ def test_saved_model_cli_answers_as_the_model(exported, tmp_path):
             folder = tmp_path / f"{signature}_{batch}"
             folder.mkdir()
             requests[signature, folder] = request = exported.request(signature, batch)
-            ((name, value),) = request.items()
-            np.save(folder / "request.npy", value)
-            options = ("--signature_def", signature, "--inputs", f"{name}={folder}/request.npy")
+            for name, value in request.items():
+                np.save(folder / f"request_{name}.npy", value)
+            inputs = ";".join(f"{name}={folder}/request_{name}.npy" for name in request)
+            options = ("--signature_def", signature, "--inputs", inputs)
             where = ("--dir", exported.path, "--tag_set", "serve", "--outdir", folder)
             lines.append("\t".join(map(str, ("run", *where, *options))))
     finished = subprocess.run(
@@ -122,20 +131,25 @@ def text(*sentences):
     return np.array(sentences, object)
 
 
+def some_tokens(tokens, lengths=None):
+    return {"tokens": tokens, "lengths": ids(2, value=3) if lengths is None else lengths}
+
+
 @pytest.mark.parametrize(
     "request_",
     [
-        {"tokens": ids(2, 3, dtype="float32")},
-        {"tokens": ids(2, 3, dtype="int64")},
-        {"tokens": text(b"the war")},
-        {"tokens": ids(3)},
-        {"tokens": ids()},
-        {"tokens": ids(2, 3, 1)},
-        {"tokens": ids(2, 3, value=13)},
-        {"tokens": ids(2, 3, value=2**31 - 1)},
-        {"tokens": ids(2, 3, value=-1)},
-        {"tokens": ids(1, 10**6)},
-        {"tokens": ids(4, 0)},
+        some_tokens(ids(2, 3, dtype="float32")),
+        some_tokens(ids(2, 3, dtype="int64")),
+        some_tokens(text(b"the war", b"we")),
+        some_tokens(ids(2)),
+        some_tokens(ids()),
+        some_tokens(ids(2, 3, 1)),
+        some_tokens(ids(2, 3), ids(1)),
+        some_tokens(ids(2, 3), ids()),
+        some_tokens(ids(2, 3), ids(2, 1)),
+        some_tokens(ids(2, 3), ids(2, dtype="int64")),
+        {"tokens": ids(2, 3)},
+        {"lengths": ids(2)},
         {"sentences": ids(2, 3)},
         {"sentences": text([b"the war"])},
         {},
@@ -149,9 +163,55 @@ def test_a_wrong_request_gets_an_error_and_the_next_one_an_answer(request_, serv
     assert_same(server.ask(signature, **good), exported.expected(signature, good))
 
 
+# Several requests in one batch
+
+
+def test_requests_of_different_lengths_share_a_batch(server, exported):
+    requests = [exported.request("serving_default", batch) for batch in (1, 3, 2, 9)]
+    answer = server.ask("serving_default", **batching_server.merged(requests))
+    for request, mine in zip(requests, batching_server.split(answer, requests), strict=True):
+        longest = max(request["lengths"])
+        assert not np.any(mine["probabilities"][:, longest:])
+        mine["probabilities"] = mine["probabilities"][:, :longest]
+        assert_same(mine, exported.expected("serving_default", request))
+        assert_same(mine, server.ask("serving_default", **request))
+
+
+@pytest.mark.parametrize(
+    ("hostile", "length", "fault"),
+    [
+        (ids(1, 3, value=13), 3, b"`tokens` must be ids from 0 to 12"),
+        (ids(1, 3, value=-1), 1, b"`tokens` must be ids from 0 to 12"),
+        (ids(1, 1000), 1000, b"`tokens` must have at most 256 ids"),
+        (ids(1, 3), 0, b"`lengths` must be at least 1"),
+        (ids(1, 3, value=0), 3, b"`tokens` must not be padding alone"),
+    ],
+)
+def test_31_rows_of_a_batch_do_not_suffer_from_one(hostile, length, fault, server, exported):
+    good = exported.request("serving_default", 31)
+    bad = {"tokens": hostile, "lengths": ids(1, value=length)}
+    answer = server.ask("serving_default", **batching_server.merged([good, bad]))
+    mine, theirs = batching_server.split(answer, [good, bad])
+    assert_same(mine, exported.expected("serving_default", good))
+    assert theirs["status"].tolist() == [fault]
+    assert np.all(np.isnan(theirs["probabilities"]))
+
+
+def test_scores_are_as_wide_as_the_longest_sentence_of_all(server):
+    short, long = text(b"the war"), text(b"we have of to and in")
+    alone = server.ask("score", sentences=short)
+    both = server.ask("score", sentences=np.concatenate([short, long]))
+    # Two words and the end; six words and the end.
+    assert alone["log_probabilities"].shape == (1, 3) and alone["lengths"].tolist() == [3]
+    assert both["log_probabilities"].shape == (2, 7) and both["lengths"].tolist() == [3, 7]
+    mine = both["log_probabilities"][0]
+    np.testing.assert_allclose(mine[:3], alone["log_probabilities"][0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(mine[3:], 0.0)
+
+
 def test_empty_batches_get_empty_answers(server):
-    answer = server.ask("serving_default", tokens=ids(0, 4))
-    assert answer["probabilities"].shape == (0, 4, 13)
+    answer = server.ask("serving_default", tokens=ids(0, 4), lengths=ids(0))
+    assert answer["probabilities"].shape == (0, 1, 13)
     assert server.ask("score", sentences=text())["log_probabilities"].shape == (0, 1)
     assert server.ask("next_words", sentences=text())["words"].shape == (0, 5)
 
@@ -175,7 +235,7 @@ def test_hostile_text_leaves_its_neighbour_alone(sentence, server, exported):
         both = server.ask(signature, sentences=text(sentence, good))
         for name, value in alone.items():
             mine = both[name][1:]
-            if signature == "score":  # Padded up to the longest sentence's length.
+            if name == "log_probabilities":  # Padded up to the longest sentence's length.
                 np.testing.assert_array_equal(mine[:, 4:], 0.0)
                 mine = mine[:, :4]
             if value.dtype == object:

@@ -1,4 +1,4 @@
-"""Which function is being traced, told by JAX's private `trace_ctx` (checked with JAX 0.10)."""
+"""Which function is being traced, and in which: private in JAX (checked with 0.10)."""
 
 import jax
 from jax._src import core
@@ -14,4 +14,7 @@ def can_be_read(value):
     """Whether a tensor is a value here: not one of a loop, a branch or a function inside."""
     if not isinstance(value, jax.core.Tracer):
         return True
-    return value._trace.is_valid()
+    trace = core.trace_ctx.trace
+    while trace is not None and trace is not value._trace:
+        trace = getattr(trace, "parent_trace", None)
+    return trace is not None

@@ -1,0 +1,6 @@
+"""What serving takes of Keras that is not public (checked with Keras 3.15)."""
+
+
+def layers_within(layer):
+    """The layer and all layers inside of it, however deep; nothing public finds those."""
+    return list(layer._flatten_layers())
