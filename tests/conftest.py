@@ -1,7 +1,13 @@
 """What holds for all tests."""
 
+import os
+
 import keras
 import pytest
+
+if keras.config.backend() == "jax":  # Devices for the tests of distribution, made as JAX starts.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
 if keras.config.backend() == "tensorflow":
     from on_tensorflow import *  # noqa: F403

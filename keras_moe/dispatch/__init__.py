@@ -8,7 +8,7 @@ expert takes.
 
 from keras_moe.backend import indices
 from keras_moe.dispatch.capacity import expert_capacity
-from keras_moe.dispatch.plan import Plan, fraction, make_plan, ranks
+from keras_moe.dispatch.plan import Choices, Plan, fraction, make_plan, ranks
 from keras_moe.dispatch.rows import (
     as_batch,
     collect,
@@ -22,6 +22,7 @@ from keras_moe.dispatch.rows import (
 spread = indices.spread
 
 __all__ = [
+    "Choices",
     "Plan",
     "as_batch",
     "collect",

@@ -13,6 +13,18 @@ from keras import ops
 from keras_moe.backend import indices, sorting
 
 
+class Choices(NamedTuple):
+    """What a plan asks of a `Routing`, which has the balance as well.
+
+    Attributes:
+        expert_index: int32 [T, K].
+        gates: float32 [T, K].
+    """
+
+    expert_index: Any
+    gates: Any
+
+
 class Plan(NamedTuple):
     """Where each row goes: R rows, T·K or, with a capacity, N·C.
 
@@ -46,7 +58,7 @@ def make_plan(routing, num_experts, capacity=None):
     those, earlier examples come first. So that is who gets a place where places are short.
 
     Args:
-        routing: A `Routing` of T examples with K choices each.
+        routing: A `Routing`, or `Choices`, of T examples with K choices each.
         num_experts: N.
         capacity: C, the places of each expert, an integer or int32 scalar; rows without one are
             dropped. Default: each expert has as many as it has rows.

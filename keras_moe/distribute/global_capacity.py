@@ -1,9 +1,9 @@
 """Which choices find a place at their expert, where the places are those of all replicas."""
 
-import tensorflow as tf
+from keras import ops
 
 from keras_moe import dispatch
-from keras_moe.backend import collectives
+from keras_moe.backend import collectives, indices
 
 
 def drop_beyond(capacity, routing, num_experts):
@@ -21,26 +21,27 @@ def drop_beyond(capacity, routing, num_experts):
         The `Routing`, its gates 0 where a choice is dropped, and the fraction of all replicas'
         choices that are.
     """
-    expert = tf.where(routing.gates > 0, routing.expert_index, num_experts)
-    k = tf.shape(expert)[1]
-    kind = tf.transpose(tf.range(k) * (num_experts + 1) + expert)  # k-th choices of one expert
-    rank, counts = dispatch.ranks(tf.reshape(kind, [-1]), k * (num_experts + 1))
+    expert = ops.where(routing.gates > 0, routing.expert_index, num_experts)
+    k = ops.shape(expert)[1]
+    kind = ops.arange(k, dtype="int32") * (num_experts + 1) + expert
+    kind = ops.transpose(kind)  # k-th choices of one expert
+    rank, counts = dispatch.ranks(ops.reshape(kind, (-1,)), k * (num_experts + 1))
 
     # To each replica the counts of its n experts, [R, K, n], of all replicas' examples.
     num_replicas = collectives.num_replicas()
-    counts = tf.reshape(counts, [k, num_experts + 1])[:, :num_experts]
-    counts = tf.transpose(tf.reshape(counts, [k, num_replicas, -1]), [1, 0, 2])
+    counts = ops.reshape(counts, (k, num_experts + 1))[:, :num_experts]
+    counts = ops.transpose(ops.reshape(counts, (k, num_replicas, -1)), (1, 0, 2))
     counts = collectives.all_to_all(counts)
-    earlier = tf.cumsum(counts, exclusive=True)
-    earlier += tf.cumsum(tf.reduce_sum(counts, axis=0), exclusive=True)
-    earlier = tf.transpose(collectives.all_to_all(earlier), [1, 0, 2])
-    earlier = tf.pad(tf.reshape(earlier, [k, num_experts]), [[0, 0], [0, 1]])
-    place = tf.reshape(rank, tf.shape(kind)) + tf.gather(tf.reshape(earlier, [-1]), kind)
-    kept = tf.transpose(place < capacity)
+    of_choice = ops.sum(counts, axis=0)
+    earlier = ops.cumsum(counts, axis=0) - counts + ops.cumsum(of_choice, axis=0) - of_choice
+    earlier = ops.transpose(collectives.all_to_all(earlier), (1, 0, 2))
+    earlier = ops.pad(ops.reshape(earlier, (k, num_experts)), [[0, 0], [0, 1]])
+    place = ops.reshape(rank, ops.shape(kind)) + indices.gather(ops.reshape(earlier, (-1,)), kind)
+    kept = ops.transpose(place < capacity)
 
-    rows = tf.reduce_sum(counts, axis=[0, 1])
-    beyond = tf.reduce_sum(tf.maximum(rows - capacity, 0))
-    beyond, rows = tf.unstack(collectives.all_sum(tf.stack([beyond, tf.reduce_sum(rows)])))
-    return routing._replace(gates=tf.where(kept, routing.gates, 0.0)), dispatch.fraction(
+    rows = ops.sum(counts, axis=(0, 1))
+    beyond = ops.sum(ops.maximum(rows - capacity, 0))
+    beyond, rows = ops.unstack(collectives.all_sum(ops.stack([beyond, ops.sum(rows)])))
+    return routing._replace(gates=ops.where(kept, routing.gates, 0.0)), dispatch.fraction(
         beyond, rows
     )

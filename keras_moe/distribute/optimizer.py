@@ -10,10 +10,11 @@ import tensorflow as tf
 from keras_moe.backend import collectives
 from keras_moe.backend.tensorflow import replicas as internals
 from keras_moe.distribute.sharded_variable import ShardedVariable, sharded_like_references
+from keras_moe.distribute.wrapped_optimizer import WrappedOptimizer
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class ExpertParallel(keras.optimizers.Optimizer):
+class ExpertParallel(WrappedOptimizer):
     """Wraps an optimizer for models with `expert_parallel=True`.
 
     Each replica holds a part of the experts, and that part of the optimizer's slots. The gradient
@@ -46,19 +47,11 @@ class ExpertParallel(keras.optimizers.Optimizer):
     def __init__(self, inner_optimizer, name=None):
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         _check(inner_optimizer)
-        super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = inner_optimizer
+        super().__init__(inner_optimizer, name=name)
 
     def build(self, variables):
-        if self.built:
-            return
         with sharded_like_references():
-            self.inner_optimizer.build(variables)
-        super().build(variables)
-
-    @property
-    def variables(self):
-        return self._variables + self.inner_optimizer.variables
+            super().build(variables)
 
     def apply(self, grads, trainable_variables=None):
         inner = self.inner_optimizer
@@ -141,21 +134,6 @@ class ExpertParallel(keras.optimizers.Optimizer):
                 lambda: None,
             )
 
-    @property
-    def learning_rate(self):
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate):
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self):
-        return self.inner_optimizer.iterations
-
-    def scale_loss(self, loss):
-        return self.inner_optimizer.scale_loss(loss)
-
     def finalize_variable_values(self, var_list):
         inner = self.inner_optimizer
         if not any(map(_is_sharded, var_list)):
@@ -163,28 +141,6 @@ class ExpertParallel(keras.optimizers.Optimizer):
         elif inner.use_ema:
             for variable, average in internals.moving_averages(inner):
                 _value(variable).assign(_value(average))
-
-    def save_own_variables(self, store):
-        """Stores nothing: Keras saves the inner optimizer, and there are no others that count."""
-
-    def load_own_variables(self, store):
-        """See `save_own_variables`."""
-
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    def get_config(self):
-        return {
-            "name": self.name,
-            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-        }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        inner = keras.saving.deserialize_keras_object(
-            config["inner_optimizer"], custom_objects=custom_objects
-        )
-        return cls(inner, name=config["name"])
 
 
 def _check(optimizer):

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_moe.backend.tensorflow import replicas as internals
 from keras_moe.backend.tensorflow.tracing import tracing_saved_model
+from keras_moe.distribute.support import check_divides
 
 
 class ShardedVariable(internals.VariableOfShards):
@@ -147,11 +148,7 @@ def sharded_rows(number, unit="experts"):
     if replicas == 1:
         yield
         return
-    if number % replicas:
-        raise ValueError(
-            f"With `expert_parallel=True` the number of {unit} must be a multiple of the number of "
-            f"replicas. Received: {number} {unit}, {replicas} replicas"
-        )
+    check_divides(replicas, number, unit)
     with tf.variable_creator_scope(lambda next_creator, **kwargs: _create(strategy, **kwargs)):
         yield
 

@@ -1,23 +1,16 @@
-"""Where the backend has no expert parallelism: what says so."""
-
-from keras_moe.backend import NAME
-
-_REFUSAL = (
-    "Experts are divided among replicas by tf.distribute, so under Keras' backend TensorFlow: set "
-    "KERAS_BACKEND=tensorflow, or leave this out; keras.distribution.DataParallel divides the "
-    "batch. Received: {} under the backend {!r}"
-)
+"""What replicas can hold."""
 
 
-def check_expert_parallel(value):
-    """Returns `value`, or raises ValueError where it is asked for and the backend has none."""
-    if value and NAME != "tensorflow":
-        raise ValueError(_REFUSAL.format(f"expert_parallel={value!r}", NAME))
-    return value
+def check_divides(replicas, number, unit):
+    """Raises ValueError unless each replica can hold as many rows of a variable.
 
-
-class RefusedExpertParallel:
-    """Stands for `ExpertParallel` on backends that have no `tf.distribute`."""
-
-    def __init__(self, *args, **kwargs):
-        raise ValueError(_REFUSAL.format("ExpertParallel", NAME))
+    Args:
+        replicas: R.
+        number: The number of rows.
+        unit: What one row stands for.
+    """
+    if number % replicas:
+        raise ValueError(
+            f"With `expert_parallel=True` the number of {unit} must be a multiple of the number of "
+            f"replicas. Received: {number} {unit}, {replicas} replicas"
+        )

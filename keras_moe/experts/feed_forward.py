@@ -9,6 +9,7 @@ A bank called with `experts` [K] in place of `rows_per_expert` gets one example 
 what each of these experts makes of it, [K, output_dim].
 """
 
+import contextlib
 import functools
 import inspect
 
@@ -27,7 +28,7 @@ from keras_moe.contract.inputs import as_input, as_numbers
 from keras_moe.contract.recomputing import recomputing
 from keras_moe.dispatch.blocks import block_by_block
 from keras_moe.dispatch.products import in_blocks
-from keras_moe.distribute.support import check_expert_parallel
+from keras_moe.distribute.shards import over_shards, sharded_rows
 from keras_moe.experts.initializers import PerExpert
 from keras_moe.experts.int8 import Int8Kernels
 from keras_moe.experts.regularizers import of_each_expert
@@ -83,8 +84,8 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         static_shapes: Whether to compute in shapes that the shape of `rows` alone determines, as
             XLA needs them: in blocks of rows, each with a copy of its expert's kernels, at up to
             twice the operations.
-        expert_parallel: Whether each replica of a `tf.distribute` strategy holds a part of the
-            experts. Inside a replica N stands for those.
+        expert_parallel: Whether each replica of a `tf.distribute` strategy, or with JAX of a
+            `keras.distribution`, holds a part of the experts. Inside a replica N stands for those.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
 
     Attributes:
@@ -139,21 +140,25 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.recompute = recompute
         self.static_shapes = static_shapes
-        self.expert_parallel = check_expert_parallel(expert_parallel)
+        self.expert_parallel = expert_parallel
         self.supports_jit = static_shapes or STATIC_SHAPES
 
     def build(self, input_shape):
         self.input_spec = keras.InputSpec(min_ndim=2, max_ndim=3, axes={-1: input_shape[-1]})
         self._check_activation()
-        if not self.expert_parallel:
+        with self._divided():
             self._add_weights(input_shape)
-            return
-        from keras_moe.distribute.sharded_variable import over_shards, sharded_rows
+        if self.expert_parallel:
+            for variable in self.weights:
+                variable.regularizer = over_shards(variable.regularizer)
 
-        with sharded_rows(self.num_experts):
-            self._add_weights(input_shape)
-        for variable in self.weights:
-            variable.regularizer = over_shards(variable.regularizer)
+    def _divided(self):
+        """Inside, variables [N, ...] are divided among the replicas if the experts are."""
+        return sharded_rows(self.num_experts) if self.expert_parallel else contextlib.nullcontext()
+
+    def quantize(self, *args, **kwargs):
+        with self._divided():
+            super().quantize(*args, **kwargs)
 
     def _check_activation(self):
         if not isinstance(self.activation, keras.layers.Layer):
@@ -196,11 +201,8 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
             variable.expert_rank = len(variable.shape) - 1  # By it optimizers know them.
 
     def call(self, rows, rows_per_expert=None, experts=None, training=None):
-        rows, rows_per_expert, experts = (
-            as_input(self, rows),
-            as_numbers(rows_per_expert),
-            as_numbers(experts),
-        )
+        rows = as_input(self, rows)
+        rows_per_expert, experts = map(as_numbers, (rows_per_expert, experts))
         scales = [ops.squeeze(scale, axis=1) for scale in self.scales]
         banks = [ops.convert_to_tensor(kernel) for kernel in self.kernels]
         banks += [ops.cast(bank, self.compute_dtype) for bank in (*scales, *self.biases)]

@@ -12,7 +12,8 @@ from keras_moe import dispatch, losses
 from keras_moe.arguments import check_pair, check_size
 from keras_moe.backend import STATIC_SHAPES, choices, collectives, exact
 from keras_moe.dispatch.products import exact_products
-from keras_moe.distribute.support import check_expert_parallel
+from keras_moe.distribute.exchange import on_their_replicas
+from keras_moe.distribute.shards import sharded_rows
 from keras_moe.gating.leaves import leaves
 from keras_moe.gating.noisy_top_k import NoisyGating
 from keras_moe.gating.routing import Routing, make_routing
@@ -94,7 +95,7 @@ class HierarchicalGating(NoisyGating):
         self.experts_per_group = experts_per_group
         self.k = k
         self.static_shapes = static_shapes
-        self.expert_parallel = check_expert_parallel(expert_parallel)
+        self.expert_parallel = expert_parallel
         self.supports_jit = static_shapes or STATIC_SHAPES
 
     def build(self, input_shape):
@@ -110,8 +111,6 @@ class HierarchicalGating(NoisyGating):
     def _add_secondary(self, name, *shape):
         if not self.expert_parallel:
             return self.add_kernel(name, *shape)
-        from keras_moe.distribute.sharded_variable import sharded_rows
-
         with sharded_rows(self.num_groups, "groups"):
             return self.add_kernel(name, *shape)
 
@@ -163,18 +162,25 @@ class HierarchicalGating(NoisyGating):
             plan = dispatch.make_plan(primary, self.num_groups)
             rows = products(dispatch.dispatch(x, plan), plan)
             return [dispatch.collect(part, plan) for part in rows]
-        from keras_moe.distribute.exchange import on_their_replicas
-
         collectives.check_can_communicate()
         num_local = self.num_groups // collectives.num_replicas()
-        plan = dispatch.make_plan(primary, self.num_groups)
-        rows = on_their_replicas(
-            lambda rows, plan: ops.concatenate(products(rows, plan), axis=-1),
-            dispatch.dispatch(x, plan),
-            plan.rows_per_expert,
-            lambda routing: dispatch.make_plan(routing, num_local),
-        )
-        return ops.split(dispatch.collect(rows, plan), len(kernels), axis=-1)
+
+        def on_replica(batch):
+            x, chosen = batch
+            plan = dispatch.make_plan(chosen, self.num_groups)
+            rows = on_their_replicas(
+                lambda rows, plan: ops.concatenate(products(rows, plan), axis=-1),
+                dispatch.dispatch(x, plan),
+                plan.rows_per_expert,
+                lambda received: dispatch.make_plan(received, num_local),
+            )
+            rows = dispatch.collect(rows, plan)
+            return ops.reshape(rows, (-1, self.k[0], rows.shape[-1])), None
+
+        chosen = dispatch.Choices(primary.expert_index, primary.gates)
+        rows, _ = collectives.on_replicas(on_replica, (x, chosen), kernels)
+        rows = ops.reshape(rows, (-1, rows.shape[-1]))
+        return ops.split(rows, len(kernels), axis=-1)
 
     def _secondary_load(self, primary, leaf, gates, chances):
         """Load_i(X⁽ⁱ⁾)_j of each group i and its expert j, [A, B]."""

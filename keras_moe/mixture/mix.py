@@ -4,13 +4,14 @@ Where the experts are decides how: all of them here, divided among the replicas 
 for a single example outside training, addressed without sorting anything.
 """
 
-import functools
-
 import keras
 from keras import ops
 
 from keras_moe import dispatch
 from keras_moe.backend import collectives, recomputation
+from keras_moe.backend.given import Given
+from keras_moe.distribute.exchange import on_their_replicas
+from keras_moe.distribute.global_capacity import drop_beyond
 from keras_moe.experts.feed_forward import takes_one_example
 
 _MOST_UNROLLED = 64  # K up to which an example's experts have operations of their own in the graph
@@ -26,7 +27,7 @@ def mix(bank, examples, routing, *, training, capacity=None, expert_parallel=Fal
         training: Whether gradients will be taken.
         capacity: Function from the number of examples to the most rows of an expert. What is beyond
             is dropped. Default: nothing is.
-        expert_parallel: Whether the bank holds only this replica's experts.
+        expert_parallel: Whether each replica holds its experts alone.
 
     Returns:
         y, float [T, D_out], and the part of the choices that was dropped, `None` without capacity.
@@ -47,25 +48,30 @@ def _here(bank, examples, routing, capacity=None):
 
 def _over_replicas(bank, examples, routing, capacity):
     """The same of the batch of all replicas: each one's rows go where their experts are."""
-    from keras_moe.distribute.exchange import on_their_replicas
-    from keras_moe.distribute.global_capacity import drop_beyond
-
     collectives.check_can_communicate()
     num_local = bank.num_experts // collectives.num_replicas()
-    places, most, fraction_dropped = None, None, None
+    places, most = None, None
     if capacity is not None:
         places = capacity(collectives.total_size(ops.shape(examples)[0]))
         most = num_local * places
-        routing, fraction_dropped = drop_beyond(places, routing, bank.num_experts)
-    plan = dispatch.make_plan(routing, bank.num_experts)
-    rows = on_their_replicas(
-        functools.partial(_compute, bank),
-        dispatch.dispatch(examples, plan),
-        plan.rows_per_expert,
-        lambda received: dispatch.make_plan(received, num_local, places),
-        most,
-    )
-    return dispatch.combine(rows, routing.gates, plan), fraction_dropped
+
+    def on_replica(batch):
+        examples, chosen = batch
+        fraction_dropped = None
+        if places is not None:
+            chosen, fraction_dropped = drop_beyond(places, chosen, bank.num_experts)
+        plan = dispatch.make_plan(chosen, bank.num_experts)
+        rows = on_their_replicas(
+            lambda rows, plan: _compute(bank, rows, plan),
+            dispatch.dispatch(examples, plan),
+            plan.rows_per_expert,
+            lambda received: dispatch.make_plan(received, num_local, places),
+            most,
+        )
+        return dispatch.combine(rows, chosen.gates, plan), fraction_dropped
+
+    chosen = dispatch.Choices(routing.expert_index, routing.gates)
+    return collectives.on_replicas(on_replica, (examples, chosen), bank.weights)
 
 
 def _takes_one(bank, routing):
@@ -86,27 +92,12 @@ def _of_one_or_more(bank, examples, routing):
 
     def decide(examples, gates, *values):
         def along(way):
-            with _Given(variables, values):
+            with Given(variables, values):
                 return way(bank, examples, routing._replace(gates=gates))
 
         return ops.cond(number == 1, lambda: along(_of_one), lambda: along(_of_more))
 
     return recomputation.recomputed(decide)(examples, routing.gates, *(v.value for v in variables))
-
-
-class _Given(keras.StatelessScope):
-    """Inside, some variables have these values; others have those that they had before."""
-
-    def __init__(self, variables, values):
-        super().__init__(initialize_variables=False)
-        # Not by the constructor: it would convert what an export stores in another precision.
-        self.state_mapping.update(zip(map(id, variables), values, strict=True))
-
-    def get_current_value(self, variable):
-        value = super().get_current_value(variable)
-        if value is None and self.original_scope is not None:
-            return self.original_scope.get_current_value(variable)
-        return value
 
 
 def _of_more(bank, examples, routing):

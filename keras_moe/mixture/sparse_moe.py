@@ -83,10 +83,11 @@ class SparseMoE(FreezableParts, RecomputesExperts, RecordsRoutings, CountsBalanc
             drops nothing anywhere.
         recompute: Whether the backward pass computes the experts' hidden activations again instead
             of storing them (appendix D): memory for time.
-        expert_parallel: Whether each of the R replicas of a `tf.distribute` strategy holds N/R of
-            the experts, and all send each other the rows for them (section 3.1). Wrap the optimizer
-            by `distribute.ExpertParallel`. Everything but the experts is mirrored; without a
-            strategy nothing changes. Experts of your own: a bank made with `expert_parallel`.
+        expert_parallel: Whether each of R replicas holds N/R of the experts, and all send each
+            other the rows for them (section 3.1); all else is mirrored. Replicas are those of a
+            `tf.distribute` strategy, with the optimizer wrapped by `distribute.ExpertParallel`, or
+            with JAX those of a `keras.distribution`, set before the layer is built. Experts of your
+            own: a bank made with `expert_parallel`.
         kernel_initializer: Initializer of each expert's kernels.
         bias_initializer: Initializer of each expert's biases.
         kernel_regularizer: Regularizer of each expert's kernels.

@@ -82,18 +82,24 @@ class FactoredAdam(keras.optimizers.Optimizer):
     def _make_slots(self, variable):
         shape = tuple(variable.shape)
         path = getattr(variable, "path", variable.name)  # A tf.Variable has none.
+        axes = tuple(range(len(shape)))  # of the variable, that a slot has as well
         if not self._is_of_experts(variable, path):
-            shapes = {"momentum": shape, "velocity": shape}
+            slots = {"momentum": axes, "velocity": axes}
         elif getattr(variable, "expert_rank", len(shape)) < 2:
-            shapes = {"velocity": shape}
+            slots = {"velocity": axes}
         else:
-            shapes = {"row_means": shape[:-1], "column_means": (*shape[:-2], shape[-1])}
+            slots = {"row_means": axes[:-1], "column_means": (*axes[:-2], axes[-1])}
         prefix = re.sub("[/:]", "_", path)
         # Held where the variable is, so that of experts in shards the slots are in shards as well.
         with compilation.beside(variable):
             return {
-                name: self.add_variable(shape, dtype=_slot_dtype(variable), name=f"{prefix}_{name}")
-                for name, shape in shapes.items()
+                name: self.add_variable(
+                    tuple(shape[axis] for axis in axes),
+                    dtype=_slot_dtype(variable),
+                    layout=compilation.layout_of(variable, axes),
+                    name=f"{prefix}_{name}",
+                )
+                for name, axes in slots.items()
             }
 
     def _is_of_experts(self, variable, path):

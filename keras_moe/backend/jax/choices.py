@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from keras import ops
 
+from keras_moe.backend.jax import collectives
 from keras_moe.backend.jax.indices import INDEX
 
 
@@ -18,7 +19,7 @@ def top_k(x, k):
         The entries in decreasing order, [T, K], and their indices, int32 [T, K]: equal ones in
         increasing order of index.
     """
-    values, index = jax.lax.top_k(x, k)
+    values, index = collectives.each_its_own(lambda x: jax.lax.top_k(x, k), x)
     return values, index.astype(INDEX)
 
 

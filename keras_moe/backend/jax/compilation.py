@@ -3,6 +3,7 @@
 import contextlib
 
 import jax
+import keras
 
 from keras_moe.backend.requirements import need_tensorflow
 
@@ -10,8 +11,17 @@ compiled = jax.jit
 
 
 def beside(variable):
-    """Nothing: where a variable is, its layout tells."""
+    """Nothing: `layout_of` tells where a variable is."""
     return contextlib.nullcontext()
+
+
+def layout_of(variable, axes):
+    """The layout of what has some axes of a variable, under a distribution: where that one is."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or not isinstance(variable, keras.Variable):
+        return None
+    layout = distribution.get_variable_layout(variable)
+    return keras.distribution.TensorLayout([layout.axes[i] for i in axes], layout.device_mesh)
 
 
 def without_values():

@@ -56,6 +56,33 @@ def check_can_communicate():
     )
 
 
+def on_replicas(function, examples, variables):
+    """Calls a function of the examples: here we are on a replica, which has its rows alone.
+
+    Args:
+        function: Of `examples`. With JAX it must not close over tensors.
+        examples: Structure of tensors [T, ...].
+        variables: Those that it reads. With JAX it finds its replica's rows in them.
+
+    Returns:
+        What it returns.
+    """
+    return function(examples)
+
+
+def static_shapes():
+    """Whether no shape may depend on the data, since XLA compiles."""
+    return xla.compiling()
+
+
+def in_turn(rounds, play, y):
+    """Plays `rounds` rounds of y = play(i, y), the collectives of all replicas in order."""
+    _, y = tf.while_loop(
+        lambda i, _: i < rounds, lambda i, y: (i + 1, play(i, y)), (0, y), parallel_iterations=1
+    )
+    return y
+
+
 def all_to_all(x):
     """Sends x[r] to replica r.
 
