@@ -36,7 +36,7 @@ from tensorflow.python.ops import control_flow_util_v2
 from keras_moe import FeedForwardExperts, NoisyTopKGating, SparseMoE
 from keras_moe.backend.tensorflow import collectives
 from keras_moe.backend.tensorflow import replicas as internals
-from keras_moe.distribute import ExpertParallel, exchange
+from keras_moe.distribute import ExpertParallel
 
 REPLICAS = (1, 2, 4, 8)
 EXPERTS_PER_REPLICA, K = 8, 2
@@ -139,7 +139,6 @@ def static_shapes():
     compiling = types.SimpleNamespace(compiling=lambda: True)
     with (
         # Only where replicas exchange: elsewhere operations would be traced that XLA alone has.
-        mock.patch.object(exchange, "xla", compiling),
         mock.patch.object(collectives, "xla", compiling),
         # Nor has XLA frames, by which TensorFlow tells collectives of several loops in a graph
         # apart: those of two replicas would never meet.
