@@ -120,12 +120,11 @@ class ProductAttention(FreezableParts, keras.layers.Layer):
         scores = ops.matmul(ops.tanh(query) * self.scale, key)
         # The softmax of a long source needs the precision of float32.
         scores = ops.cast(scores, keras.backend.result_type(scores.dtype, "float32"))
-        # Not by `ops.softmax`, which warns of a source of one step.
         if memory.mask is None:
-            weights = keras.activations.softmax(scores)
+            weights = _softmax(scores)
         else:
             mask = memory.mask[:, None, :]
-            weights = ops.where(mask, keras.activations.softmax(ops.where(mask, scores, -1e9)), 0.0)
+            weights = ops.where(mask, _softmax(ops.where(mask, scores, -1e9)), 0.0)
         weights = ops.cast(weights, self.compute_dtype)
         return ops.matmul(weights, memory.value), weights
 
@@ -176,3 +175,8 @@ def _checked(inputs):
             f"Received: {inputs!r}"
         )
     return inputs
+
+
+def _softmax(scores):
+    """Not `ops.softmax`, which warns of a source of one step."""
+    return ops.exp(ops.log_softmax(scores))
