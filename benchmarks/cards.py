@@ -3,6 +3,7 @@
 Where there is none the same is told of the processor, so that the benchmark can be rehearsed.
 """
 
+import math
 import time
 
 from measure import OWN, memory_bytes
@@ -29,7 +30,7 @@ class TensorFlow:
         details = [self._tf.config.experimental.get_device_details(gpu) for gpu in gpus]
         return details[0].get("device_name", "GPU") if details else "CPU"
 
-    def wait(self):
+    def wait(self, results):
         """Waits until all that was started has been computed."""
         self._tf.test.experimental.sync_devices()
 
@@ -52,6 +53,10 @@ class TensorFlow:
         multiply = self._tf.function(self._tf.matmul)
         return lambda: multiply(a, b)
 
+    def recording(self, folder):
+        """A context in which its profiler records to a folder."""
+        return self._tf.profiler.experimental.Profile(folder)
+
 
 class Torch:
     """PyTorch's first GPU."""
@@ -66,7 +71,7 @@ class Torch:
         """What the card is called."""
         return self._torch.cuda.get_device_name(0) if self.is_gpu else "CPU"
 
-    def wait(self):
+    def wait(self, results):
         """Waits until all that was started has been computed."""
         if self.is_gpu:
             self._torch.cuda.synchronize()
@@ -91,6 +96,56 @@ class Torch:
         a, b = (self._torch.randn(size, size, **options) for _ in range(2))
         return lambda: a @ b
 
+    def recording(self, folder):
+        """Its profiler writes other files."""
+        raise NotImplementedError("gpu_profile.py doesn't read the recordings of PyTorch")
+
+
+class Jax:
+    """JAX's first GPU."""
+
+    def __init__(self):
+        import jax
+
+        self._jax = jax
+        self._device = jax.devices()[0]
+        self.is_gpu = self._device.platform == "gpu"
+        self._peak = 0
+
+    def name(self):
+        """What the card is called."""
+        return self._device.device_kind if self.is_gpu else "CPU"
+
+    def wait(self, results):
+        """Waits until the last results have been computed, and so what was started before them."""
+        self._jax.block_until_ready(results)
+
+    def peak_bytes(self):
+        """The most memory that was in use at a time; NaN if it was in use before the reset."""
+        if not self.is_gpu:
+            return memory_bytes("VmHWM", OWN)
+        peak = self._device.memory_stats()["peak_bytes_in_use"]
+        return peak if peak > self._peak else math.nan
+
+    def reset_peak(self):
+        """Remembers the peak so far, as JAX can't forget it; returns the bytes in use."""
+        if not self.is_gpu:
+            return memory_bytes("VmRSS", OWN)
+        stats = self._device.memory_stats()
+        self._peak = stats["peak_bytes_in_use"]
+        return stats["bytes_in_use"]
+
+    def product(self, size, dtype):
+        """A function that multiplies two random matrices [size, size]."""
+        random = self._jax.random
+        a, b = (random.normal(key, (size, size), dtype) for key in random.split(random.key(0)))
+        multiply = self._jax.jit(lambda a, b: a @ b)
+        return lambda: multiply(a, b)
+
+    def recording(self, folder):
+        """A context in which its profiler records to a folder."""
+        return self._jax.profiler.trace(folder)
+
 
 def rate(card, dtype):
     """Operations per second of a large product of matrices."""
@@ -103,7 +158,7 @@ def seconds(card, step, least, turns=3, each=False):
 
     Args:
         card: As above.
-        step: Function without arguments.
+        step: Function without arguments, which returns all that it computes.
         least: How long all turns are to take together.
         turns: How many there are.
         each: Whether to wait after each step, as who asks for one answer does, or after each turn.
@@ -115,13 +170,12 @@ def seconds(card, step, least, turns=3, each=False):
     def turn(steps):
         start = time.perf_counter()
         for _ in range(steps):
-            step()
+            results = step()
             if each:
-                card.wait()
-        card.wait()
+                card.wait(results)
+        card.wait(results)
         return (time.perf_counter() - start) / steps
 
-    card.wait()
     turn(1)
     steps = max(1, round(least / turns / turn(1)))
     return [turn(min(steps, 1000)) for _ in range(turns)]

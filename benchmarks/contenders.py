@@ -6,7 +6,7 @@ example of keras.io, which is none.
 
 from measure import Contender
 
-TENSORFLOW, TORCH = "contenders_tensorflow", "contenders_torch"
+TENSORFLOW, TORCH, JAX = "contenders_tensorflow", "contenders_torch", "contenders_jax"
 
 DENSE = Contender("dense", TENSORFLOW, "dense", "two layers, K·1024 hidden units; trained by Adam")
 

@@ -3,11 +3,11 @@
 Another framework adds its module, its card, its contenders.
 """
 
-from contenders import TENSORFLOW, TORCH
+from contenders import JAX, TENSORFLOW, TORCH
 from measure import Contender
 
 # The class in `cards.py` of each framework, in the order in which they take the card.
-CARDS = {TENSORFLOW: "TensorFlow", TORCH: "Torch"}
+CARDS = {TENSORFLOW: "TensorFlow", JAX: "Jax", TORCH: "Torch"}
 
 CAPACITY = {"capacity_factor": 1.25, "jit": True}
 
@@ -23,6 +23,27 @@ LAYERS = [
         CAPACITY,
     ),
     Contender("dense, XLA", TENSORFLOW, "dense", "as dense", {"jit": True}),
+    Contender("dense, JAX", JAX, "dense", "as dense"),
+    Contender(
+        "keras_moe, JAX, capacity 1.25",
+        JAX,
+        "sparse_moe",
+        "in training drops beyond 1.25·K·T/N examples per expert",
+        {"capacity_factor": 1.25},
+    ),
+    Contender("keras_moe, JAX", JAX, "sparse_moe", "noise, both losses, nothing dropped"),
+    Contender(
+        "ragged_dot, JAX",
+        JAX,
+        "ragged_dot",
+        "the experts' products alone: no gating, rows sorted before",
+    ),
+    Contender(
+        "tokamax, JAX",
+        JAX,
+        "tokamax",
+        "the experts' products alone: no gating, rows sorted before",
+    ),
     Contender("dense, PyTorch", TORCH, "dense", "as dense"),
     Contender(
         "grouped_mm, PyTorch",
@@ -53,6 +74,14 @@ STEPS = [
         "sparse_moe",
         "drops beyond 1.25·K·T/N examples per expert",
         {"optimizer": "FactoredAdam", **CAPACITY},
+    ),
+    Contender("dense, JAX", JAX, "dense", "trained by Adam"),
+    Contender(
+        "keras_moe, JAX, FactoredAdam",
+        JAX,
+        "sparse_moe",
+        "nothing dropped",
+        {"optimizer": "FactoredAdam"},
     ),
 ]
 

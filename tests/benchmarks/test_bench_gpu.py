@@ -6,6 +6,7 @@ import sys
 import gpu
 import gpu_contenders
 import gpu_measure
+import gpu_profile
 import measure
 import pytest
 from cases import Case
@@ -81,3 +82,21 @@ def test_the_contenders_of_tensorflow_exist():
     module = importlib.import_module(TENSORFLOW)
     for contender in [*gpu_contenders.LAYERS, *gpu_contenders.STEPS]:
         assert contender.module != TENSORFLOW or hasattr(module, contender.function)
+
+
+def test_a_recording_is_summed_up_by_operation():
+    # Two steps of 3 ms: events at 0-2 and 1-3 ms overlap, then a gap of 1 ms, then 4-6 ms.
+    eigen = "void Eigen::internal::EigenMetaKernel<Eigen::internal::scalar_max_op<bf16, bf16>>"
+    events = [
+        gpu_profile.Event("relu:Relu", eigen, 1e6, 2e6),
+        gpu_profile.Event("", "MemcpyD2H", 4e6, 2e6),
+        gpu_profile.Event("relu:Relu", eigen, 0.0, 2e6),
+    ]
+    summary = gpu_profile.summarize(events, steps=2)
+    assert (summary.span, summary.busy) == (3.0, 2.5)
+    assert summary.counts == {"kernel": 2, "memcpyd2h": 1}
+    assert summary.operations == {
+        ("relu:Relu", "Eigen: scalar_max_op"): 2.0,
+        ("", "MemcpyD2H"): 1.0,
+    }
+    assert "| 2.000 | relu:Relu | Eigen: scalar_max_op |" in list(gpu_profile.describe(summary))
