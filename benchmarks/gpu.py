@@ -1,4 +1,4 @@
-"""Speed and memory of one layer on a graphics card, beside dense layers and PyTorch.
+"""Speed and memory of one layer on a graphics card, beside dense layers and other products.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --seconds 180 --dtypes bfloat16 --contenders keras_moe dense
@@ -40,9 +40,10 @@ def make_cases():
     """All cases, the most telling first."""
     cases = []
 
-    def add(num_experts, examples, sizes, dtype="bfloat16", work="gradients"):
+    def add(num_experts, examples, sizes, dtype="bfloat16", work="gradients", skew=0.0):
         batches = 8 if examples <= 16 else 1
-        cases.append(Case(num_experts, 4, examples, work, batches=batches, dtype=dtype, **sizes))
+        options = {"skew": skew, "batches": batches, "dtype": dtype, **sizes}
+        cases.append(Case(num_experts, 4, examples, work, **options))
 
     add(256, 65536, WIDE)
     add(256, 16384, WIDE)
@@ -56,6 +57,7 @@ def make_cases():
     add(1024, 65536, NARROW)
     add(256, 4096, WIDE)
     add(256, 16384, NARROW, dtype="float32")
+    add(256, 16384, NARROW, skew=0.5)
     add(256, 16384, WIDE, work="step", dtype="mixed_bfloat16")
     add(256, 1, NARROW, work="forward", dtype="float32")
     add(256, 16, NARROW, work="forward", dtype="float32")
@@ -162,7 +164,8 @@ def describe(cards, rates):
 def title(case):
     """What is computed, and of how many examples."""
     sizes = f"{case.width}→{case.hidden_units}→{case.width}"
-    return f"{sizes} N={case.num_experts} T={case.examples} {case.dtype} {case.work}"
+    skew = f" skew {case.skew}" if case.skew else ""
+    return f"{sizes} N={case.num_experts} T={case.examples}{skew} {case.dtype} {case.work}"
 
 
 def rows_per_expert(case):

@@ -127,7 +127,9 @@ def restore(rows, places):
 def _moved(rows, index, inverse):
     @tf.custom_gradient
     def call(rows):
-        y = tf.gather_nd(rows, index[:, None], bad_indices_policy="IGNORE")
+        # `gather_nd` has zeros for bad indices by itself, but copies number by number on a card.
+        table = tf.concat([tf.zeros([1, rows.shape[-1]], rows.dtype), rows], axis=0)
+        y = tf.gather(table, index + 1)
         return y, lambda upstream: _moved(tf.convert_to_tensor(upstream), inverse, index)
 
     return call(rows)
