@@ -1,5 +1,7 @@
 """Feed-forward experts in int8."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -134,7 +136,7 @@ def test_what_else_keras_offers_is_refused_and_changes_nothing():
     layer = with_random_weights(EVERY_LAYER["noisy_top_k"]())
     before = numpy(layer(examples()))
     quantizer = keras.quantizers.AbsMaxQuantizer(axis=0)
-    config = keras.quantizers.Int8QuantizationConfig(weight_quantizer=quantizer)
+    config = types.SimpleNamespace(weight_quantizer=quantizer)  # As Keras has from 3.13 on.
     for arguments in ({"mode": "int4"}, {"mode": "float8"}, {"config": config}):
         with pytest.raises(
             NotImplementedError, match='Use `quantize\\("int8"\\)`. Received: layer'
