@@ -81,7 +81,8 @@ clean:  ## remove environments, builds and caches; results and exported models s
 $(STAMP): INSTALLED := -e '.[dev]' $(addprefix --constraint ,$(CONSTRAINTS))
 $(BENCH_STAMP): INSTALLED := -e '.[bench]'
 $(DOCS_STAMP): INSTALLED := -r docs/requirements.txt
-$(RELEASE_STAMP): INSTALLED := build twine
+# With [md] twine renders the page, else it passes anything.
+$(RELEASE_STAMP): INSTALLED := build twine 'readme_renderer[md]'
 $(STAMP) $(BENCH_STAMP): NOTE := keras_moe and its dependencies, a few minutes, about 3 GB
 $(DOCS_STAMP) $(RELEASE_STAMP): NOTE := a few tools, less than a minute
 $(STAMP): $(CONSTRAINTS)
