@@ -4,7 +4,10 @@
 # Paths are relative, because make splits an absolute one at the spaces of a folder's name.
 
 PYTHON ?= python3
-VENV_PYTHON := .venv/bin/python
+# `make test OLDEST=1`: the oldest versions that setup.cfg allows, in an environment beside .venv.
+CONSTRAINTS := $(if $(OLDEST),.ci/oldest.txt)
+VENV := .venv$(if $(OLDEST),-oldest)
+VENV_PYTHON := $(VENV)/bin/python
 
 # Their pins exclude this TensorFlow; the parts that are measured need no more than extra bench has.
 FROZEN_PEERS := tensor2tensor==1.15.7 tf-models-official==2.20.0
@@ -17,7 +20,7 @@ TWO_GPU_TESTS := tests/test_gpu.py $(wildcard tests/distribute/test_distribute*.
 
 # The stamp is written last, so an interrupted installation leaves none. It names the interpreter
 # and the folder that it was made for: changing either makes it stale, as setup.cfg does.
-STAMP := .venv/complete
+STAMP := $(VENV)/complete
 BENCH_STAMP := .venv-bench/complete
 DOCS_STAMP := .venv-docs/complete
 RELEASE_STAMP := .venv-release/complete
@@ -39,7 +42,7 @@ endif
 .PHONY: help demo test test-gpu lint docs dist bench clean
 
 help:  ## list the targets
-	@echo "make TARGET [PYTHON=python3.12], where TARGET is one of"
+	@echo "make TARGET [PYTHON=python3.12] [OLDEST=1], where TARGET is one of"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP)  ## train a mixture-of-experts language model, export it, query it
@@ -47,9 +50,7 @@ demo: $(STAMP)  ## train a mixture-of-experts language model, export it, query i
 
 test: $(STAMP)  ## run the tests, and under JAX those of what computes there
 	$(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
-	@$(VENV_PYTHON) -c 'import jax' 2>/dev/null || echo "JAX needs Python 3.11: its tests are left out."
-	! $(VENV_PYTHON) -c 'import jax' 2>/dev/null || KERAS_BACKEND=jax $(VENV_PYTHON) -m pytest \
-	    --numprocesses auto --maxprocesses 4 --dist loadfile $(JAX_TESTS)
+	KERAS_BACKEND=jax $(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(JAX_TESTS)
 
 test-gpu: $(STAMP)  ## run the tests of what computes on a GPU, where there is one
 	$(VENV_PYTHON) -c 'import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices("GPU") and \
@@ -67,22 +68,24 @@ docs: $(DOCS_STAMP)  ## build the documentation in site/, links checked
 
 dist: $(RELEASE_STAMP)  ## build what a release uploads, in dist/, and check it
 	rm -rf dist
-	.venv-release/bin/python -m build
+	KERAS_MOE_REPOSITORY="$(REPOSITORY)" .venv-release/bin/python -m build
 	.venv-release/bin/python -m twine check --strict dist/*
 
 bench: $(BENCH_STAMP)  ## measure speed and memory of the layer beside other implementations
 	@TF_CPP_MIN_LOG_LEVEL=3 .venv-bench/bin/python benchmarks/layer.py
 
 clean:  ## remove environments, builds and caches; results and exported models stay
-	rm -rf .venv .venv-bench .venv-docs .venv-release site build dist keras_moe.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-bench .venv-docs .venv-release site build dist keras_moe.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(STAMP): INSTALLED := -e '.[dev]'
+$(STAMP): INSTALLED := -e '.[dev]' $(addprefix --constraint ,$(CONSTRAINTS))
 $(BENCH_STAMP): INSTALLED := -e '.[bench]'
 $(DOCS_STAMP): INSTALLED := -r docs/requirements.txt
-$(RELEASE_STAMP): INSTALLED := build twine
+# With [md] twine renders the page, else it passes anything.
+$(RELEASE_STAMP): INSTALLED := build twine 'readme_renderer[md]'
 $(STAMP) $(BENCH_STAMP): NOTE := keras_moe and its dependencies, a few minutes, about 3 GB
 $(DOCS_STAMP) $(RELEASE_STAMP): NOTE := a few tools, less than a minute
+$(STAMP): $(CONSTRAINTS)
 $(DOCS_STAMP): docs/requirements.txt
 $(STAMP) $(BENCH_STAMP) $(DOCS_STAMP) $(RELEASE_STAMP): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
@@ -94,6 +97,8 @@ $(STAMP) $(BENCH_STAMP) $(DOCS_STAMP) $(RELEASE_STAMP): setup.cfg pyproject.toml
 	@[ "$$(cat $@ 2>/dev/null)" = "$$MADE_FOR" ] || $(PYTHON) -m venv --clear $(@D)
 	@rm -f $@
 	@echo "Installing in $(@D): $(NOTE)."
+	@# The pip that Python 3.10 brings tries every version there is, for an hour.
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
 	$(@D)/bin/python -m pip install $(INSTALLED)
 	$(if $(filter $(BENCH_STAMP),$@),$(@D)/bin/python -m pip install --no-deps $(FROZEN_PEERS))
 	@printf '%s\n' "$$MADE_FOR" > $@

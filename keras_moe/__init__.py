@@ -18,7 +18,7 @@ from keras_moe.saving import load_weights, save_weights
 from keras_moe.serving import export_saved_model, token_signature
 from keras_moe.surgery import dense_pairs, grow, prune, upcycle, upcycle_model, used_experts
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FeedForwardExperts",

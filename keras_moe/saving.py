@@ -79,8 +79,10 @@ class CheckedVariables:
             shapes.append(value.shape)
             checksums.append(_checksum(value))
         self._check_shapes(own.values(), shapes)
-        if _CHECKSUMS in store.keys() and store[_CHECKSUMS].tolist() != checksums:
-            _refuse_damaged(self, checksums, store[_CHECKSUMS].tolist())
+        if _CHECKSUMS in store.keys():
+            stored = np.asarray(store[_CHECKSUMS]).tolist()
+            if stored != checksums:
+                _refuse_damaged(self, checksums, stored)
 
     def _check_shapes(self, variables, shapes):
         wrong = [(v, s) for v, s in zip(variables, shapes, strict=True) if tuple(v.shape) != s]
@@ -120,7 +122,7 @@ class CheckedExperts:
         store[_CHECKSUMS] = np.array([_checksum(ops.convert_to_numpy(v)) for v in values], "uint32")
 
     def load_own_variables(self, store):
-        own = {key: store[key] for key in store.keys()}
+        own = {key: np.asarray(store[key]) for key in store.keys()}  # Keras 3.10 has datasets.
         if _NUMBER in own:
             number, checksums = int(own.pop(_NUMBER)), own.pop(_CHECKSUMS).tolist()
             same = number == len(self.layers)

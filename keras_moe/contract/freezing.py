@@ -4,8 +4,8 @@ In Keras `trainable` is an attribute of each layer and stands in its configurati
 makes its parts by itself begins with parts that are trainable whatever it is, and its
 configuration says nothing about theirs, so that none of its copies would have them frozen.
 
-Nothing public finds the layers inside a layer; `_layers` and `_flatten_layers` are private (checked
-with Keras 3.15).
+Nothing public finds the layers inside a layer; `_layers` and `_flatten_layers` are private
+(checked with Keras 3.10 to 3.15).
 """
 
 import keras

@@ -1,9 +1,9 @@
 """What a layer knows of the model around it: who calls it, and whether its losses are read.
 
-What this needs of Keras and is not public stands in this one file; checked with Keras 3.15. A model
-finds the layers inside other layers by `_flatten_layers`, reads the losses of each by its
-`_get_own_losses`, and begins a call with its `_clear_losses`. The outermost call is kept in
-Keras' global state.
+What this needs of Keras and is not public stands in this one file, checked with
+Keras 3.10 to 3.15. A model finds the layers inside other layers by `_flatten_layers`, reads the
+losses of each by its `_get_own_losses`, and begins a call with its `_clear_losses`. The outermost
+call is kept in Keras' global state.
 """
 
 import warnings

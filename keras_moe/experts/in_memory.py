@@ -9,6 +9,6 @@ def trusted():
     Keras refuses configurations with a Python function in them, as that of a `Lambda` layer, unless
     told otherwise: a file could run any code. So nothing that was read from a file may be made
     inside. Private, but in public there is a switch for the whole process alone (checked with
-    Keras 3.15).
+    Keras 3.10 to 3.15).
     """
     return SafeModeScope(False)

@@ -62,7 +62,7 @@ class Int8Kernels:
         self.scales.append(
             self.add_weight(name=f"{name}_scale", shape=scales, dtype="float32", **fixed)
         )
-        self._is_quantized = True  # Keras' own layers say so by that name (checked with 3.15).
+        self._is_quantized = True  # By that name Keras' own layers say so.
 
     def quantized_call(self, *args, training=None, **kwargs):
         y = self.call(*args, training=training, **kwargs)

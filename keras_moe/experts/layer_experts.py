@@ -180,7 +180,7 @@ def _unshared(config):
     """A copy of a configuration without what makes one object of all that is made from it.
 
     While Keras loads a model it marks what it sees twice, and tells objects apart by their place in
-    memory, which may have had another one before (checked with Keras 3.15).
+    memory, which may have had another one before (checked with Keras 3.10 to 3.15).
     """
     if isinstance(config, dict):
         return {k: _unshared(value) for k, value in config.items() if k != "shared_object_id"}

@@ -1,4 +1,4 @@
-"""What serving takes of Keras that is not public (checked with Keras 3.15)."""
+"""What serving takes of Keras that is not public (checked with Keras 3.10 to 3.15)."""
 
 
 def layers_within(layer):

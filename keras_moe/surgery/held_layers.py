@@ -1,9 +1,9 @@
 """The layers inside a layer: where it holds each of them, and another put in its place.
 
 Keras has nothing public for either. What this needs and is not public stands in this one file,
-checked with Keras 3.15: `_layers`, the list of the layers inside a layer; its `_tracker`, which
-writes that list and refuses new entries once the layer is built; `_flatten_layers`; the class of
-`keras.Model(inputs, outputs)`; and `_call_has_training_arg`, by which `fit` goes.
+checked with Keras 3.10 to 3.15: `_layers`, the list of the layers inside a layer; its `_tracker`,
+which writes that list and refuses new entries once the layer is built; `_flatten_layers`; the class
+of `keras.Model(inputs, outputs)`; and `_call_has_training_arg`, by which `fit` goes.
 """
 
 import functools
@@ -94,7 +94,8 @@ def forget_compilation(model):
 def _own_names():
     """Attributes that Keras itself has, which have the layers once more."""
     x = keras.Input((1,), name="x")  # With names, so that Keras counts none of them.
-    return {*vars(keras.Model(x, x, name="own")), *vars(keras.Sequential([x], name="own"))}
+    y = keras.layers.Identity(name="y")(x)  # Keras 3.10 makes no model without a layer.
+    return {*vars(keras.Model(x, y, name="own")), *vars(keras.Sequential([x], name="own"))}
 
 
 def _entries(value, path):

@@ -194,7 +194,6 @@ def test_optimizers_that_need_whole_variables_are_refused(name):
 
 def test_what_is_private_in_keras_is_still_there():
     # With another Keras this says at once what `replicas.py` has to be checked for.
-    assert keras.__version__.startswith("3.15.")
     variable = keras.Variable([1.0])
     optimizer = keras.optimizers.Adam(use_ema=True, gradient_accumulation_steps=2, weight_decay=0.1)
     optimizer.build([variable])
@@ -211,7 +210,6 @@ def test_what_is_private_in_keras_is_still_there():
 
 def test_what_is_private_in_tensorflow_is_still_there():
     # With another TensorFlow this says at once what `replicas.py` has to be checked for.
-    assert tf.__version__.startswith("2.21.")
     launchers = internals._launchers(strategy(2))
     assert [launcher._group_size for launcher in launchers] == [2, 2]
     for launcher in launchers:

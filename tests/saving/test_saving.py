@@ -65,7 +65,9 @@ def test_weights_go_from_one_dtype_to_another(tmp_path):
 def test_shards_come_back(tmp_path):
     model = make_model()
     path = tmp_path / "model.weights.json"
-    model.save_weights(path, max_shard_size=5e-6)  # GB, where the bank alone has 6 kB
+    # In GB, where the bank alone has 6 kB. Keras 3.10 can't load a layer that two files have.
+    whole = keras.__version__.startswith("3.10.")
+    model.save_weights(path, max_shard_size=7e-6 if whole else 5e-6)
     assert len(list(tmp_path.iterdir())) > 2
     other = make_model(seed=1)
     keras_moe.load_weights(other, path)

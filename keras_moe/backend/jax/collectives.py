@@ -12,6 +12,7 @@ import keras
 from jax.sharding import PartitionSpec
 
 from keras_moe.backend.given import Given
+from keras_moe.backend.jax.layouts import layout_of
 
 
 def num_replicas():
@@ -112,8 +113,7 @@ def _mapped(function, examples, values, out_specs):
 
 def _check_divided(variable):
     """Raises RuntimeError unless a variable is divided among the replicas that are here."""
-    distribution = keras.distribution.distribution()
-    layout = distribution.get_variable_layout(variable)
+    distribution, layout = keras.distribution.distribution(), layout_of(variable)
     mesh = distribution.device_mesh.backend_mesh
     if layout.axes[:1] != (_axis(),) or layout.device_mesh.backend_mesh != mesh:
         raise RuntimeError(

@@ -5,6 +5,7 @@ import contextlib
 import jax
 import keras
 
+from keras_moe.backend.jax import layouts
 from keras_moe.backend.requirements import need_tensorflow
 
 compiled = jax.jit
@@ -17,10 +18,9 @@ def beside(variable):
 
 def layout_of(variable, axes):
     """The layout of what has some axes of a variable, under a distribution: where that one is."""
-    distribution = keras.distribution.distribution()
-    if distribution is None or not isinstance(variable, keras.Variable):
+    if keras.distribution.distribution() is None or not isinstance(variable, keras.Variable):
         return None
-    layout = distribution.get_variable_layout(variable)
+    layout = layouts.layout_of(variable)
     return keras.distribution.TensorLayout([layout.axes[i] for i in axes], layout.device_mesh)
 
 

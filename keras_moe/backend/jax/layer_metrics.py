@@ -1,9 +1,10 @@
 """Metrics that the call of a layer updates.
 
 With JAX Keras knows metrics while it computes the loss, but not while it calls the layers (keras
-issue 21639, checked with Keras 3.15). So here they are state of the layer, as the seeds of its
-noise are: no file has them, and every step hands them on. They are known at the end of an epoch, of
-`evaluate` and of `predict`; in the middle of a step, and so in the progress bar, they are NaN.
+issue 21639, checked with Keras 3.10 to 3.15). So here they are state of the layer, as the seeds of
+its noise are: no file has them, and every step hands them on. They are known at the end of an
+epoch, of `evaluate` and of `predict`; in the middle of a step, and so in the progress bar, they are
+NaN.
 """
 
 from keras import ops

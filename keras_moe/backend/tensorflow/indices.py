@@ -1,7 +1,7 @@
 """Indices, and gathers by them, in int64.
 
 TensorFlow computes int32 arithmetic on the host, also where there is a GPU, and copies what it
-needs there and back; int64 stays on the GPU (checked with TensorFlow 2.21).
+needs there and back; int64 stays on the GPU (seen with TensorFlow 2.21).
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Whether TensorFlow multiplies matrices by oneDNN: no public function tells.
 
-Checked against TensorFlow 2.21. Where the private one is gone, oneDNN is taken for granted: results
-don't depend on it, and a test fails.
+Checked with TensorFlow 2.19 to 2.21. Where the private one is gone, oneDNN is taken for granted:
+results don't depend on it, and a test fails.
 """
 
 try:

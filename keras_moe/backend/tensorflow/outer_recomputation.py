@@ -4,9 +4,9 @@ Both run a function forward without recording it for gradients, and once more in
 So gradients come for what the function returns, but not for the balance losses, which leave it
 another way, and noise would be drawn anew.
 
-What this needs of TensorFlow and is not public stands in this one file; checked with TensorFlow
-2.21: whether recording is stopped, how it starts again, and the arguments of such a function, which
-the frames on Python's stack have.
+What this needs of TensorFlow and is not public stands in this one file, checked with
+TensorFlow 2.19 to 2.21: whether recording is stopped, how it starts again, and the arguments of
+such a function, which the frames on Python's stack have.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ goes into one batch with places for the fullest expert, and where one expert has
 the others are not computed as many times over.
 
 Indices are int64: TensorFlow computes int32 arithmetic on the host, also where there is a GPU
-(checked with TensorFlow 2.21). The host has to know two numbers alone, S and how many further
+(seen with TensorFlow 2.21). The host has to know two numbers alone, S and how many further
 blocks there are.
 """
 

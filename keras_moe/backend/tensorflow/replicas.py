@@ -1,7 +1,7 @@
 """What expert parallelism needs of TensorFlow that is not public, all of it in this one file.
 
-Checked with TensorFlow 2.21. `tf.distribute` has no public variable that is held in shards, no
-all-to-all, and no collective that a replica may launch without waiting in `merge_call` for the
+Checked with TensorFlow 2.19 to 2.21. `tf.distribute` has no public variable that is held in shards,
+no all-to-all, and no collective that a replica may launch without waiting in `merge_call` for the
 others: that would let them run into the same Keras layer meanwhile. But a strategy has launchers
 of collectives, one for each replica, and its own variables are built of one component for each.
 
@@ -16,9 +16,9 @@ of the public `tf.raw_ops`.
 A SavedModel has all rows in one variable. To write it TensorFlow traces functions anew, and asks
 each variable by a private method for what is to stand in its place.
 
-Checked with Keras 3.15. It has no public way to tell an optimizer that a gradient needs no sum over
-the replicas. So `ExpertParallel` does by itself what Keras does before and after `update_step`, and
-needs the slots for it.
+Checked with Keras 3.10 to 3.15. It has no public way to tell an optimizer that a gradient needs no
+sum over the replicas. So `ExpertParallel` does by itself what Keras does before and after
+`update_step`, and needs the slots for it.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What is being traced: `save_context` is private in TensorFlow (checked with 2.21)."""
+"""What is being traced: `save_context` is private (checked with TensorFlow 2.19 to 2.21)."""
 
 import tensorflow as tf
 from tensorflow.python.saved_model import save_context

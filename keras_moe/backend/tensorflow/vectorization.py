@@ -5,7 +5,7 @@ stacked. Sorted rows don't stack, as experts have other numbers of rows in every
 from expert to expert stands in the graph as one operation, which such a loop runs turn by turn.
 
 `pfor_converter` of an operation, where TensorFlow looks before it asks its own registry, is private
-(checked with TensorFlow 2.21); tests fail where it has changed.
+(checked with TensorFlow 2.19 to 2.21); tests fail where it has changed.
 """
 
 import tensorflow as tf

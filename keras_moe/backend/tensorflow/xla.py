@@ -1,4 +1,4 @@
-"""What XLA has to be told, and tells: private in TensorFlow (checked with 2.21)."""
+"""What XLA has to be told, and tells: private (checked with TensorFlow 2.19 to 2.21)."""
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_dot_v2
