@@ -12,6 +12,7 @@ EAGER = ("models.md", "callbacks.md")
 # A page's images count as links. Code doesn't.
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s#]+)")
+pytestmark = pytest.mark.usefixtures("for_cpus")
 # Keras 3.15 warns of its own default wherever `fit` is given a dataset.
 SHUFFLED = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
 
@@ -24,13 +25,6 @@ def name_of(page):
 def folder(tmp_path, monkeypatch):
     """An empty folder for what a page writes."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def eager():
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture

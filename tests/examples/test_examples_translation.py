@@ -21,6 +21,8 @@ from vocabulary import EOS_ID
 import keras_moe
 from keras_moe.models import TranslationModel
 
+pytestmark = pytest.mark.usefixtures("for_cpus")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
