@@ -69,14 +69,6 @@ def for_cpus():
             yield
 
 
-@pytest.fixture(scope="module")
-def eager():
-    """Runs what would be a graph operation by operation: tracing takes longer than a few steps."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-
-
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
     """A program in C that answers as a SavedModel does."""

@@ -105,8 +105,17 @@ CASES = {
 
 @covering(
     usual=[
-        *((name, "training") for name in EVERY_LAYER),
-        *zip(EVERY_LAYER, 3 * ["24 examples", "one example", "none"], strict=False),
+        ("noisy_top_k", "training"),
+        ("strictly_balanced", "training"),
+        ("capacity", "training"),
+        ("hierarchical", "training"),
+        ("hierarchical_capacity", "training"),
+        ("softmax", "24 examples"),
+        ("strictly_balanced", "24 examples"),
+        ("noisy_top_k", "one example"),
+        ("hierarchical", "one example"),
+        ("balanced_capacity", "none"),
+        ("hierarchical", "none"),
     ],
     name=EVERY_LAYER.keys(),
     case=CASES,

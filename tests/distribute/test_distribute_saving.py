@@ -121,7 +121,7 @@ def export_from_keras(model, path):
     export={"export_from_keras": export_from_keras, "for_serving": keras_moe.export_saved_model},
 )
 def test_export(export, layer, tmp_path):
-    model = make(2, layer)
+    model = make(4, layer)
     x, _ = data()
     expected = model.predict(x, verbose=0)
     with model.distribute_strategy.scope():

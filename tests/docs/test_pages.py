@@ -28,6 +28,13 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def eager():
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
 def two_replicas(monkeypatch):
     """Makes a strategy over all devices, as pages ask for it, one of two replicas."""
     strategy = replicas.strategy(2)

