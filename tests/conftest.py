@@ -39,8 +39,8 @@ LONGEST = """
 """.split()
 
 
-@pytest.hookimpl(specname="pytest_collection_modifyitems")
-def longest_first(items):
+@pytest.hookimpl(specname="pytest_collection_modifyitems")  # on_tensorflow.py has one, too.
+def pytest_longest_first(items):
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
