@@ -10,7 +10,7 @@ if keras.config.backend() == "jax":  # Devices for the tests of distribution, ma
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def for_cpus():
     """Nothing but with TensorFlow, whose fixture of this name takes the place of this one."""
 

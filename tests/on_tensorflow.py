@@ -56,9 +56,9 @@ def frozen_heap():
     gc.freeze()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def for_cpus():
-    """Has exports without the way of GPUs, where there is none: half of what there is to trace.
+    """Has exports without the way of GPUs, where there is none: most of what there is to trace.
 
     That exports have both, and what both compute, is for tests/backend and tests/serving.
     """

@@ -24,6 +24,7 @@ from keras_moe.serving.signatures import trace
 from keras_moe.serving.weights import StoredWeights
 
 
+@pytest.mark.usefixtures("for_cpus")
 @pytest.mark.parametrize("given", [{}, {"training": False}], ids=["bare", "training=False"])
 def test_an_export_holds_what_answers_and_nothing_else(given, trained, tmp_path):
     model, x = trained
@@ -107,6 +108,7 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.usefixtures("for_cpus")
 def test_bfloat16_halves_the_room_and_keeps_the_routing(tmp_path):
     model, x = language_model(), tf.constant(next_words()[0], "int32")
     model.build((None, None))
@@ -187,6 +189,7 @@ def test_inputs_and_outputs_have_the_names_of_the_model(tmp_path):
             np.testing.assert_allclose(answer, expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("for_cpus")
 def test_a_model_without_names_takes_inputs(tmp_path):
     model = keras.Sequential([keras_moe.SparseMoE(4, 5, k=2)])
     x = examples(3)
@@ -209,6 +212,7 @@ def test_tables_in_the_model_and_beside_it_are_exported(tmp_path):
     assert served["words"](ids=tf.constant([3, 1]))["outputs"].numpy().tolist() == [b"war", b"?"]
 
 
+@pytest.mark.usefixtures("for_cpus")
 def test_a_function_of_tensorflow_is_exported_again_and_again(trained, tmp_path):
     model, x = trained
     function = tf.function(lambda tokens: {"best": tf.argmax(model(tokens), axis=-1)})
@@ -223,6 +227,7 @@ def test_a_function_of_tensorflow_is_exported_again_and_again(trained, tmp_path)
             np.testing.assert_array_equal(answer, expected)
 
 
+@pytest.mark.usefixtures("for_cpus")
 @pytest.mark.parametrize("dtype", usually(["bfloat16"], [None]))
 def test_signatures_use_what_is_tracked(dtype, trained, tmp_path):
     model, _ = trained
@@ -250,6 +255,7 @@ def test_signatures_use_what_is_tracked(dtype, trained, tmp_path):
     np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=tolerance)
 
 
+@pytest.mark.usefixtures("for_cpus")
 def test_a_model_inside_a_strategy_is_exported_for_one_device(tmp_path):
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     with strategy.scope():
