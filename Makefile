@@ -48,9 +48,12 @@ help:  ## list the targets
 demo: $(STAMP)  ## train a mixture-of-experts language model, export it, query it
 	@TF_CPP_MIN_LOG_LEVEL=3 $(VENV_PYTHON) examples/language_model.py
 
+# The tests begin with the longest files: tests/conftest.py names them.
+IN_PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)  ## run the tests, and under JAX those of what computes there
-	$(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
-	KERAS_BACKEND=jax $(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(JAX_TESTS)
+	$(VENV_PYTHON) -m pytest $(IN_PROCESSES)
+	KERAS_BACKEND=jax $(VENV_PYTHON) -m pytest $(IN_PROCESSES) $(JAX_TESTS)
 
 test-gpu: $(STAMP)  ## run the tests of what computes on a GPU, where there is one
 	$(VENV_PYTHON) -c 'import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices("GPU") and \

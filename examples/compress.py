@@ -30,6 +30,7 @@ import keras_moe
 from keras_moe.models import LanguageModel
 
 ROOT = pathlib.Path(__file__).parents[1]
+ROUNDS = 100  # how often each export is asked, to tell its time
 
 
 def parse_arguments(arguments=None):
@@ -103,7 +104,7 @@ def compare(exports, sentences, args):
     tokens, targets = batches[0]
     calls = {"one word": (tokens[:1, :1], targets[:1, :1]), "batch": (tokens, targets)}
     times = {(name, call): [] for name in served for call in calls}
-    for _, (name, call) in itertools.product(range(100), times):
+    for _, (name, call) in itertools.product(range(ROUNDS), times):
         tokens, targets = calls[call]
         start = time.perf_counter()
         served[name](tokens=tokens, targets=targets)["losses"].numpy()

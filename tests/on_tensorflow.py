@@ -9,10 +9,16 @@ import tensorflow as tf
 from exports import train
 from tensorflow.python.framework import ops
 
+from keras_moe.backend.tensorflow import devices
+
 # For strategies with several replicas. There is no way to have more once TensorFlow has started.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 8
 )
+
+# A trace makes a hundred thousand objects, nearly all of which stay: looking through the young ones
+# every 700 of them takes a tenth of the time.
+gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_configure(config):
@@ -48,6 +54,19 @@ def frozen_heap():
         del gradients[name]
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def for_cpus():
+    """Has exports without the way of GPUs, where there is none: most of what there is to trace.
+
+    That exports have both, and what both compute, is for tests/backend and tests/serving.
+    """
+    if tf.config.list_logical_devices("GPU"):
+        yield
+    else:
+        with devices.choosing(0):
+            yield
 
 
 @pytest.fixture(scope="session")

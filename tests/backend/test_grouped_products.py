@@ -1,6 +1,7 @@
 """Products of every expert's own rows, in each of the ways there are."""
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from covering import covering
 from helpers import (
     assert_agrees,
     examples,
@@ -138,10 +140,17 @@ def test_parameters_of_rows_and_their_gradient(gpu):
     np.testing.assert_array_equal(gradient, [[11], [0], [100]])
 
 
-@pytest.mark.parametrize("even", [True, False])
-@pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("mask", [None, np.arange(24) % 4 > 0])
+@covering(
+    # Half of them, in which every three arguments have all their combinations.
+    usual=[
+        (("every example", "three of four")[(training + gpu + even) % 2], training, gpu, even)
+        for training, gpu, even in itertools.product([False, True], repeat=3)
+    ],
+    mask={"every example": None, "three of four": np.arange(24) % 4 > 0},
+    training=[True, False],
+    gpu=[False, True],
+    even=[True, False],
+)
 def test_a_layer_agrees_with_the_oracle_every_way(mask, training, gpu, even, monkeypatch):
     monkeypatch.setattr(loops, "is_even", lambda _: tf.constant(even))
     monkeypatch.setattr(places, "_COPY", 10**6 if even else 0)
@@ -185,10 +194,20 @@ def test_the_weights_of_other_experts_are_left_alone():
     np.testing.assert_array_equal(layer(x), sound)
 
 
+WAYS = ["CPU", "GPU", "GPU, further blocks", "either"]
+
+
 @pytest.mark.cpu  # Gates rounded otherwise, over the step, are more than the tolerance.
-@pytest.mark.parametrize("way", ["CPU", "GPU", "GPU, further blocks", "either"])
-@pytest.mark.parametrize("in_graph", [False, True])
-@pytest.mark.parametrize("training", [True, False])
+@covering(
+    usual=[
+        *((True, False, way) for way in WAYS),
+        *((False, False, way) for way in WAYS),
+        *((True, True, "CPU"), (False, True, "GPU, further blocks"), (False, True, "either")),
+    ],
+    training=[True, False],
+    in_graph=[False, True],
+    way=WAYS,
+)
 def test_gradients_have_gradients(training, in_graph, way, monkeypatch):
     monkeypatch.setattr(places, "_COPY", 0 if "further" in way else 10**6)
     gating = NoisyTopKGating(5, k=2, noise=False)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from covering import covering, usually
 from helpers import (
     EVERY_LAYER,
     WIDTH,
@@ -16,17 +17,24 @@ from helpers import (
 from keras_moe import Routing, SparseMoE, dispatch
 
 WAYS = ["eager", "graph", "graph, any batch"]
+NAMES = ["noisy_top_k", "softmax", "hierarchical"]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["noisy_top_k", "softmax", "hierarchical"])
+@covering(
+    usual=[
+        *((name, "eager") for name in NAMES),
+        *(("softmax", "graph"), ("noisy_top_k", WAYS[2]), ("hierarchical", WAYS[2])),
+    ],
+    name=NAMES,
+    way=WAYS,
+)
 def test_a_layer_agrees_with_the_oracle(name, way):
     layer = with_random_weights(EVERY_LAYER[name](use_bias=True, activation="swiglu"))
     for number in (1, 2):  # In a graph for any batch one branch must not disturb the other.
         assert_agrees(layer, examples(number), training=False, way=way)
 
 
-@pytest.mark.parametrize("way", ["xla", "xla, any batch"])
+@pytest.mark.parametrize("way", usually(["xla, any batch"], ["xla"]))
 def test_a_compiled_layer_agrees_with_the_oracle(way):
     layer = with_random_weights(EVERY_LAYER["capacity"]())
     for number in (1, 2):

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import WIDTH, every_layer, examples, with_random_weights
+from covering import covering
+from helpers import EVERY_LAYER, WIDTH, every_layer, examples, with_random_weights
 
 from keras_moe import HierarchicalMoE, LayerExperts, SparseMoE
 
@@ -38,11 +39,15 @@ def pair(make, **options):
     return layers
 
 
-@pytest.mark.parametrize(
-    ("recomputed", "way"), [(tf.recompute_grad, "eager"), (keras.remat, "graph")]
-)
-@every_layer
-def test_all_gradients_are_those_without_recomputation(make, recomputed, way):
+def in_graphs(*names):
+    """Every layer in eager mode, and in graphs, which take longer to trace, these alone."""
+    usual = [*((name, "eager") for name in EVERY_LAYER), *((name, "graph") for name in names)]
+    return covering(usual, make=EVERY_LAYER, way=["eager", "graph"])
+
+
+@in_graphs("noisy_top_k", "balanced_capacity", "hierarchical_capacity")
+def test_all_gradients_are_those_without_recomputation(make, way):
+    recomputed = tf.recompute_grad if way == "eager" else keras.remat
     plain, layer = pair(make)
     x = tf.constant(examples())
     step = value_and_gradients if way == "eager" else tf.function(value_and_gradients)
@@ -166,22 +171,18 @@ def mixture(**options):
     return SparseMoE(5, 4, k=2, capacity_factor=1.0, name="moe", **{**LOSSES, **options})
 
 
-def assert_equal_in_scope(make, scope):
-    plain = with_random_weights(make())
-    with scope:
-        layer = make()
+@in_graphs("capacity", "strictly_balanced", "hierarchical")
+def test_a_remat_scope_changes_no_number(make, way):
+    plain = with_random_weights(make(**LOSSES))
+    with keras.RematScope():
+        layer = make(**LOSSES)
     with_random_weights(layer)
     layer.set_weights(plain.get_weights())
     x = tf.constant(examples())
-    for step in (value_and_gradients, tf.function(value_and_gradients)):
-        expected = step(plain, lambda x: plain(x, training=True), x)
-        assert_equal(step(layer, lambda x: layer(x, training=True), x), expected)
+    step = value_and_gradients if way == "eager" else tf.function(value_and_gradients)
+    expected = step(plain, lambda x: plain(x, training=True), x)
+    assert_equal(step(layer, lambda x: layer(x, training=True), x), expected)
     assert not layer.experts.recompute  # It says so of itself alone while it is called.
-
-
-@every_layer
-def test_a_remat_scope_changes_no_number(make):
-    assert_equal_in_scope(lambda: make(**LOSSES), keras.RematScope())
 
 
 SCOPES = [

@@ -1,7 +1,10 @@
 """What a GPU would run of the layers, and what it would have to ask the host for."""
 
+import itertools
+
 import pytest
 import tensorflow as tf
+from covering import covering
 from helpers import EVERY_LAYER, WIDTH, examples
 from placement import placement
 
@@ -55,10 +58,21 @@ def forward(layer):
     return lambda x: layer(x, training=False)
 
 
-@pytest.mark.parametrize(("make", "number"), [(step, 64), (forward, 64), (forward, 1)])
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_stays_on_the_gpu(name, make, number):
-    layer = made(name)
+# Whose step is made of what the steps of two others are.
+LIKE_OTHERS = ("softmax", "balanced_capacity", "hierarchical_capacity", "bfloat16")
+CALLS = {"step": (step, 64), "forward": (forward, 64), "one example": (forward, 1)}
+
+
+@covering(
+    usual=[
+        *((name, "step") for name in LAYERS if name not in LIKE_OTHERS),
+        *zip(LAYERS, itertools.cycle(["forward", "one example"]), strict=False),
+    ],
+    name=LAYERS.keys(),
+    call=CALLS,
+)
+def test_a_layer_stays_on_the_gpu(name, call):
+    layer, (make, number) = made(name), call
     found = placement(make(layer), tf.constant(examples(number)))
     assert not found.missing
     levels = 2 if isinstance(layer, HierarchicalMoE) else 1

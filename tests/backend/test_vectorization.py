@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import EVERY_LAYER, WIDTH, every_layer, examples, with_random_weights
+from covering import covering, usually
+from helpers import EVERY_LAYER, WIDTH, examples, with_random_weights
 
 from keras_moe import HierarchicalMoE, SparseMoE
 from keras_moe.backend.tensorflow import vectorization
@@ -42,8 +43,7 @@ def assert_same_jacobians(layer, training):
         np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
 
 
-@every_layer
-@pytest.mark.parametrize("training", [False, True])
+@covering(make=EVERY_LAYER, training=[False, True])
 def test_jacobians(make, training):
     layer = without_noise(with_random_weights(make(use_bias=True)))
     assert_same_jacobians(layer, training)
@@ -61,9 +61,15 @@ def test_jacobians_through_layers_and_recomputation(recompute):
     assert_same_jacobians(without_noise(layer), training=True)
 
 
-@every_layer
-def test_maps_of_examples_and_of_their_gradients(make):
-    layer = without_noise(with_random_weights(make(use_bias=True)))
+@pytest.mark.parametrize(
+    "name",
+    usually(
+        ["noisy_top_k", "strictly_balanced", "hierarchical_capacity"],
+        ["softmax", "capacity", "balanced_capacity", "hierarchical"],
+    ),
+)
+def test_maps_of_examples_and_of_their_gradients(name):
+    layer = without_noise(with_random_weights(EVERY_LAYER[name](use_bias=True)))
     x = tf.constant(examples(12).reshape(3, 4, WIDTH))
     weights = [weight.value for weight in layer.trainable_weights]
 

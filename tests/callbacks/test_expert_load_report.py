@@ -41,7 +41,7 @@ def events(folder):
 def test_the_event_file_shows_the_load_after_every_epoch(tmp_path):
     x, y = next_words()
     model = language_model()
-    model.compile(keras.optimizers.Adam(0.03), CROSS_ENTROPY)
+    model.compile(keras.optimizers.Adam(0.03), CROSS_ENTROPY, run_eagerly=True)
 
     def load():
         return rows_per_expert(model.layers[1], model.layers[0](x), mask=x > 0)
@@ -173,7 +173,7 @@ def test_all_layers_of_a_subclassed_model_are_counted(tmp_path):
         id(wrapped): rows_per_expert(wrapped, middle) + rows_per_expert(wrapped, 3.0 - middle),
         id(deep): rows_per_expert(deep, model.second(middle)),
     }
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=True)
     report = ExpertLoadReport({"x": x}, tmp_path)
     model.fit({"x": x}, x, verbose=0, callbacks=[report])
     # The first two have the same name; both K = 1, one with 20 rows and one with twice as many.
@@ -201,7 +201,7 @@ def test_reports_leave_training_and_its_logs_alone(tmp_path):
 def test_a_second_fit_goes_on_where_the_first_ended(tmp_path):
     x, y = next_words()
     model = language_model()
-    model.compile("adam", CROSS_ENTROPY)
+    model.compile("adam", CROSS_ENTROPY, run_eagerly=True)
     report = ExpertLoadReport(x, tmp_path)
     with tf.summary.record_if(False):  # As the TensorBoard callback may do.
         model.fit(x, y, epochs=2, verbose=0, callbacks=[report])

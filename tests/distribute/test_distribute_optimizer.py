@@ -13,14 +13,23 @@ from keras_moe.optimizers import FactoredAdam
 momentum = functools.partial(SGD, 0.01, momentum=0.9)
 schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 3)
 CASES = {
-    "clipnorm": functools.partial(momentum, clipnorm=0.1),
-    "global_clipnorm": functools.partial(momentum, global_clipnorm=0.1),
-    "weight_decay_and_clipvalue": functools.partial(momentum, weight_decay=0.1, clipvalue=1e-3),
-    "ema": functools.partial(momentum, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2),
-    "ema_at_the_end": functools.partial(momentum, use_ema=True, ema_momentum=0.5),
-    "accumulation": functools.partial(momentum, gradient_accumulation_steps=2, clipnorm=0.1),
-    "schedule": functools.partial(SGD, schedule, nesterov=True, momentum=0.5),
-    "nadam": functools.partial(keras.optimizers.Nadam, 0.01),
+    "accumulation, clipnorm": functools.partial(
+        momentum, gradient_accumulation_steps=2, clipnorm=0.1
+    ),
+    "weight decay, clipvalue, ema": functools.partial(
+        momentum,
+        weight_decay=0.1,
+        clipvalue=1e-3,
+        use_ema=True,
+        ema_momentum=0.5,
+        ema_overwrite_frequency=2,
+    ),
+    "schedule, global_clipnorm": functools.partial(
+        SGD, schedule, nesterov=True, momentum=0.5, global_clipnorm=0.1
+    ),
+    "nadam, ema at the end": functools.partial(
+        keras.optimizers.Nadam, 0.01, use_ema=True, ema_momentum=0.5
+    ),
 }
 
 

@@ -12,6 +12,7 @@ EAGER = ("models.md", "callbacks.md")
 # A page's images count as links. Code doesn't.
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s#]+)")
+pytestmark = pytest.mark.usefixtures("for_cpus")
 # Keras 3.15 warns of its own default wherever `fit` is given a dataset.
 SHUFFLED = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
 

@@ -48,7 +48,7 @@ def test_too_small_a_budget_is_refused():
 
 
 def test_a_run_goes_on_where_it_was_interrupted(arguments, monkeypatch, capsys):
-    names = ["MoE-1-Wide", "MoE-4-h"]
+    names = ["MoE-1-Wide", "MoE-4"]
     trained = []
     train = capacity.train
 
@@ -65,16 +65,16 @@ def test_a_run_goes_on_where_it_was_interrupted(arguments, monkeypatch, capsys):
         capacity.main(args)
     assert [path.name for path in args.output.iterdir()] == ["MoE-1-Wide-seed0.json"]
     rows = capacity.main(args)
-    assert trained == ["MoE-1-Wide", "MoE-4-h", "MoE-4-h"]
+    assert trained == ["MoE-1-Wide", "MoE-4", "MoE-4"]
     assert list(rows) == names
     for row in rows.values():
         # Even chances for 200 words are a perplexity of 200, their frequencies alone below 100.
         assert 1 < row["perplexity"] < 150
     wide, mixture = (rows[name]["perplexity"] for name in names)
-    assert rows["MoE-4-h"]["below, %"] == pytest.approx(100 * (1 - mixture / wide))
+    assert rows["MoE-4"]["below, %"] == pytest.approx(100 * (1 - mixture / wide))
     assert rows["MoE-1-Wide"]["below, %"] is None
     assert (args.output / "capacity.png").stat().st_size > 10_000
-    assert "MoE-4-h" in capsys.readouterr().out
+    assert "MoE-4" in capsys.readouterr().out
 
     # Nothing is missing, so nothing is read or trained; other settings are not mixed in.
     monkeypatch.setattr(capacity, "read_words", None)
@@ -83,7 +83,7 @@ def test_a_run_goes_on_where_it_was_interrupted(arguments, monkeypatch, capsys):
         capacity.main(arguments("--learning-rate", "0.02"))
     with pytest.raises(ValueError, match=r"same settings.*with evaluations=2, now 1"):
         capacity.main(arguments("--evaluations", "1"))
-    result = json.loads((args.output / "MoE-4-h-seed0.json").read_text())
+    result = json.loads((args.output / "MoE-4-seed0.json").read_text())
     assert len(result["validation"]) == 2 and result["words/s"] > 0
 
 

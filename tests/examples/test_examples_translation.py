@@ -19,6 +19,7 @@ from translating import Translator
 from vocabulary import EOS_ID
 
 import keras_moe
+from keras_moe.backend.tensorflow import devices
 from keras_moe.models import TranslationModel
 
 
@@ -57,7 +58,8 @@ def ran(files, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr("builtins.print", lambda *parts, **_: printed.extend(map(str, parts)))
-        results = translation.main(args)
+        with devices.choosing(0):  # The export has no way for GPUs, which takes long to trace.
+            results = translation.main(args)
     return args, results, "\n".join(printed)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
+from covering import covering
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import SparseMoE
@@ -19,11 +20,22 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_preset_trains_with_compile_and_fit(name):
+# With 32 experts at most, MoE-256 is MoE-32, and all three MoE-...-h are one. MoE-34M has a graph.
+LIKE_OTHERS = ("MoE-256", "MoE-1024-h", "MoE-4096-h", "MoE-34M")
+
+
+@covering(
+    usual=[
+        *((name, True) for name in SMALL if name not in LIKE_OTHERS),
+        ("MoE-34M", False),
+    ],
+    name=SMALL.keys(),
+    eager=[True, False],
+)
+def test_a_preset_trains_with_compile_and_fit(name, eager):
     keras.utils.set_random_seed(0)
     model = LanguageModel.from_preset(SMALL[name], VOCABULARY, width=8, dropout=0.0)
-    model.compile(keras.optimizers.Adam(0.03))
+    model.compile(keras.optimizers.Adam(0.03), run_eagerly=eager)
     before = model.evaluate(TOKENS, TARGETS, verbose=0, return_dict=True)["perplexity"]
     model.fit(TOKENS, TARGETS, epochs=15, verbose=0)
     after = model.evaluate(TOKENS, TARGETS, verbose=0, return_dict=True)["perplexity"]
@@ -96,7 +108,7 @@ def test_later_words_and_padding_change_nothing():
 @pytest.mark.parametrize("name", ["LSTM-2048-512", "MoE-1-Deep", "MoE-256-h"])
 def test_saved_model_comes_back(name, tmp_path):
     model = LanguageModel.from_preset(SMALL[name], VOCABULARY, width=8, seed=1)
-    model.compile("adam")
+    model.compile("adam", run_eagerly=True)
     model.fit(TOKENS, TARGETS, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")

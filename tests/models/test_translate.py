@@ -113,6 +113,7 @@ def test_a_source_alone_is_translated_as_among_others(model, width):
         np.testing.assert_allclose(scores[0], together[2][row], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("for_cpus")
 def test_an_export_maps_strings_to_strings(tmp_path):
     model = made(dropout=0.2)
     words = np.array(["", "<unk>", "<end>", *"abcdefghi"])

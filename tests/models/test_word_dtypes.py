@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from covering import covering, usually
 from keras.ops import convert_to_numpy as numpy
 from word_models import MODELS, SOURCE, TARGETS, TOKENS, VOCABULARY, inputs, losses, make
 
@@ -18,18 +19,15 @@ from keras_moe.layers import (
 from keras_moe.models import LanguageModel, beam_search, generate
 from keras_moe.optimizers import FactoredAdam
 
+pytestmark = pytest.mark.usefixtures("for_cpus")
 POLICIES = ("float64", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
 # Rounding of numbers of about 1 in each precision, several times over.
 TOLERANCE = {"float64": 1e-5, "bfloat16": 0.1, "float16": 0.02}
 IDS = ("uint8", "uint16", "int16", "uint32", "int64", "float32", "float64")
+USUAL_IDS = usually(["uint8", "int64", "float32"], ["uint16", "int16", "uint32", "float64"])
 
 
-def usually(usual, others):
-    """Parameters of a test: `usual` ones, and others that are tried when tests may take minutes."""
-    return [*usual, *(pytest.param(other, marks=pytest.mark.exhaustive) for other in others)]
-
-
-@pytest.fixture(params=usually(["float64", "float16"], ["bfloat16"]))
+@pytest.fixture
 def floatx(request):
     before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(request.param)
@@ -39,9 +37,11 @@ def floatx(request):
     keras.config.set_dtype_policy(before[1])
 
 
-def check(model, name, tmp_path):
+def check(model, name, tmp_path, eager=False):
     """Trains, evaluates, saves, loads and exports it."""
-    model.compile(FactoredAdam(0.01))  # In bfloat16 the second moment of Keras' Adam stays 0.
+    model.compile(
+        FactoredAdam(0.01), run_eagerly=eager
+    )  # In bfloat16 the second moment of Keras' Adam stays 0.
     x = inputs(name)
     before = model.evaluate(x, TARGETS, verbose=0, return_dict=True)
     of_words = losses(model, name)
@@ -77,29 +77,37 @@ def check(model, name, tmp_path):
     np.testing.assert_allclose(answer, predictions, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    "policy", usually(["mixed_bfloat16", "float16"], POLICIES[:1] + POLICIES[2:4])
+@covering(
+    usual=[("language", "float16"), ("translation", "mixed_bfloat16")],
+    name=MODELS,
+    policy=POLICIES,
 )
-@pytest.mark.parametrize("name", MODELS)
 def test_a_model_with_mixtures_works_in_any_precision(name, policy, tmp_path):
-    check(make(name, middle=True, dtype=policy), name, tmp_path)
+    eager = name == "translation"  # Its graphs take longest to trace.
+    check(make(name, middle=True, dtype=policy), name, tmp_path, eager)
 
 
+@pytest.mark.exhaustive  # What it is made of is tried below: the loss, and models of this floatx.
 @pytest.mark.parametrize("policy", ["float64", "float16"])
 def test_words_are_sampled_in_any_precision(policy, tmp_path):
     check(make("language", num_sampled=5, dtype=policy), "language", tmp_path)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@covering(
+    usual=[("language", "float16"), ("translation", "float64")],
+    indirect=["floatx"],
+    name=MODELS,
+    floatx=["float64", "float16", "bfloat16"],
+)
 def test_a_model_works_in_any_precision_of_keras(name, floatx, tmp_path):
-    check(make(name, middle=True, num_sampled=5), name, tmp_path)
+    check(make(name, middle=True, num_sampled=5), name, tmp_path, eager=True)
 
 
 @pytest.mark.parametrize("policy", ["float64", "bfloat16"])
 def test_losses_of_several_precisions_are_added_up(policy):
     moe = keras_moe.SparseMoE(3, 4, k=2, kernel_regularizer="l2", dtype=policy)
     model = LanguageModel(VOCABULARY, 8, moe, dtype="mixed_bfloat16", num_sampled=5)
-    model.compile("sgd")
+    model.compile("sgd", run_eagerly=True)
     assert np.isfinite(model.fit(TOKENS, TARGETS, verbose=0).history["loss"]).all()
     assert np.isfinite(model.evaluate(TOKENS, TARGETS, verbose=0)).all()
 
@@ -185,10 +193,10 @@ def test_attention_is_as_precise_as_float64():
     np.testing.assert_allclose(context, expected @ value, rtol=1e-12)
 
 
-def results_with(name, num_sampled, dtype):
+def results_with(name, num_sampled, dtype, run_eagerly):
     """What training, evaluation, prediction and a call make of ids of a type."""
     model, x = make(name, num_sampled=num_sampled), inputs(name, dtype)
-    model.compile("sgd")
+    model.compile("sgd", run_eagerly=run_eagerly)
     data = x, TARGETS.astype(dtype)
     history = model.fit(*data, validation_data=data, verbose=0).history
     evaluated = model.evaluate(tf.data.Dataset.from_tensors(data), verbose=0)
@@ -196,13 +204,18 @@ def results_with(name, num_sampled, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_sampled", "types"),
-    [("language", None, IDS), ("language", 5, IDS[:1]), ("translation", None, IDS[-2:-1])],
+    ("name", "num_sampled", "types", "in_graph"),
+    [
+        ("language", None, IDS, ["uint8", "float32"]),
+        ("language", 5, IDS[:1], []),
+        ("translation", None, IDS, ["float32"]),
+    ],
 )
-def test_ids_are_taken_in_any_type(name, num_sampled, types):
-    wanted = results_with(name, num_sampled, "int32")
+def test_ids_are_taken_in_any_type(name, num_sampled, types, in_graph):
+    wanted = results_with(name, num_sampled, "int32", run_eagerly=True)
     for ids in types:
-        for ours, theirs in zip(results_with(name, num_sampled, ids), wanted, strict=True):
+        received = results_with(name, num_sampled, ids, run_eagerly=ids not in in_graph)
+        for ours, theirs in zip(received, wanted, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=ids)
 
 
@@ -223,7 +236,7 @@ def test_large_ids_in_floating_point_stay_what_they_are(policy):
     assert logs["accuracy"] == 0.5
 
 
-@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("ids", USUAL_IDS)
 def test_translation_takes_ids_in_any_type(ids):
     model = make("translation", middle=True)
     wanted = model.translate(SOURCE, end_id=2, excluded=[1])

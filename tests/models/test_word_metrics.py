@@ -1,5 +1,7 @@
 """A loss and metrics given to `compile` see a model of words' log-probabilities, always."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -63,20 +65,23 @@ def test_metrics_see_the_same_in_training_as_in_evaluation(name, eager):
         np.testing.assert_allclose(received, [wanted] * 3, rtol=1e-5, err_msg=metric)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@functools.cache
+def results_with(name, loss, eager):
+    """The numbers of evaluation and training with a loss of `LOSSES`, or with none given."""
+    model = make(name)
+    model.compile(keras.optimizers.SGD(0.5), loss=LOSSES.get(loss), run_eagerly=eager)
+    x, data = inputs(name), {"sample_weight": WEIGHTS, "verbose": 0}
+    evaluated = model.evaluate(x, TARGETS, **data)
+    history = model.fit(x, TARGETS, **data).history
+    return [*evaluated, *history["loss"], *history["perplexity"], *model.get_weights()]
+
+
+@pytest.mark.parametrize(("loss", "eager"), [*((loss, True) for loss in LOSSES), ("name", False)])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_cross_entropy_given_is_the_models_own(name, loss):
-    results = []
-    for given in (None, LOSSES[loss]):
-        model = make(name)
-        model.compile(keras.optimizers.SGD(0.5), loss=given)
-        x, data = inputs(name), {"sample_weight": WEIGHTS, "verbose": 0}
-        evaluated = model.evaluate(x, TARGETS, **data)
-        history = model.fit(x, TARGETS, **data).history
-        results.append([*evaluated, *history["loss"], *history["perplexity"]])
-        results[-1] += [*model.get_weights()]
-    for received, wanted in zip(*results, strict=True):
-        np.testing.assert_allclose(received, wanted, rtol=1e-4, atol=1e-6)
+def test_a_cross_entropy_given_is_the_models_own(name, loss, eager):
+    received = results_with(name, loss, eager), results_with(name, None, eager=True)
+    for ours, theirs in zip(*received, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_loss_takes_the_place_of_the_cross_entropy_but_not_of_the_balance_losses():
@@ -95,7 +100,7 @@ def test_a_loss_takes_the_place_of_the_cross_entropy_but_not_of_the_balance_loss
 )
 def test_a_sample_of_the_vocabulary_is_refused_where_all_of_it_is_needed(name, given):
     model = make(name, num_sampled=5)
-    model.compile("sgd", **given)
+    model.compile("sgd", run_eagerly=True, **given)
     x = inputs(name)
     assert np.isfinite(model.evaluate(x, TARGETS, verbose=0)).all()
     with pytest.raises(ValueError, match="`num_sampled=None`.*Received: num_sampled=5, loss="):
@@ -132,7 +137,12 @@ def test_a_model_inside_another_one_gives_it_log_probabilities(kind, num_sampled
         outer = keras.Model(tokens, inner(tokens))
     else:
         outer = Around(inner)
-    outer.compile(keras.optimizers.SGD(0.0), loss=LOSSES["of logits"], metrics=[total_chance])
+    outer.compile(
+        keras.optimizers.SGD(0.0),
+        loss=LOSSES["of logits"],
+        metrics=[total_chance],
+        run_eagerly=num_sampled is None,
+    )
     data = TOKENS[:1], TARGETS[:1]  # without padding, which the other model knows nothing of
     history = outer.fit(*data, validation_data=data, verbose=0).history
     wanted = np.mean(losses(inner, "language")[:1])

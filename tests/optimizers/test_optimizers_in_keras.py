@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from covering import usually
 from helpers import CROSS_ENTROPY, WIDTH, language_model, next_words
 from keras.ops import convert_to_numpy as numpy
 
@@ -31,7 +32,7 @@ def test_a_model_learns_about_as_fast_as_by_adam():
     assert 0.8 < ours[-1] / adams[-1] < 1.25
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("policy", usually(["mixed_bfloat16", "float16"], ["float64", "bfloat16"]))
 def test_a_model_learns_in_any_precision(policy):
     losses = losses_of_fit(language_model(policy), optimizer := FactoredAdam(0.03))
     assert losses[-1] < 0.5 * losses[0]
@@ -66,7 +67,8 @@ def test_training_goes_on_from_a_file(file, tmp_path):
         gating = NoisyTopKGating(8, k=2, noise=False)  # Files do not hold how far the noise is.
         model = language_model(gating=gating, use_bias=True)
         schedule = keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.9)
-        model.compile(FactoredAdam(schedule, weight_decay=0.01), CROSS_ENTROPY)
+        optimizer = FactoredAdam(schedule, weight_decay=0.01)
+        model.compile(optimizer, CROSS_ENTROPY, run_eagerly=True)
         return model
 
     model = fresh()
@@ -86,8 +88,8 @@ def test_training_goes_on_from_a_file(file, tmp_path):
 
 def test_state_of_another_optimizer_is_refused(tmp_path):
     model, other = language_model(), language_model()
-    losses_of_fit(model, "adam", epochs=1)
-    losses_of_fit(other, FactoredAdam(), epochs=1)
+    losses_of_fit(model, "adam", epochs=1, run_eagerly=True)
+    losses_of_fit(other, FactoredAdam(), epochs=1, run_eagerly=True)
     before = [numpy(v) for v in (*other.weights, *other.optimizer.variables)]
     model.save_weights(tmp_path / "model.weights.h5")
     with pytest.raises(ValueError, match="shape"):

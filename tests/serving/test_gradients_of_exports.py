@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import EVERY_LAYER, WIDTH, every_layer, examples, with_random_weights
+from covering import covering, usually
+from helpers import EVERY_LAYER, WIDTH, examples, with_random_weights
 
 import keras_moe
 from keras_moe import SparseMoE
@@ -38,31 +39,48 @@ def assert_same_gradients(function, variables, model):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def assert_exports_have_gradients(model, folder):
-    model.export(folder / "keras", verbose=False)
-    loaded = tf.saved_model.load(folder / "keras")
-    assert_same_gradients(loaded.serve, loaded.trainable_variables, model)
-    path = keras_moe.export_saved_model(model, folder / "served")
-    served = tf.saved_model.load(path)
-    assert_same_gradients(
-        lambda x: served.signatures["serving_default"](x=x)["outputs"], served.stored, model
-    )
+def by_keras(model, folder):
+    """An export as a function, and its variables."""
+    model.export(folder, verbose=False)
+    loaded = tf.saved_model.load(folder)
+    return loaded.serve, loaded.trainable_variables
 
 
-@every_layer
-def test_of_every_layer(make, tmp_path):
-    layer = with_random_weights(make(use_bias=True, num_shared_experts=1))
-    assert_exports_have_gradients(as_model(layer), tmp_path)
+def for_serving(model, folder):
+    served = tf.saved_model.load(keras_moe.export_saved_model(model, folder))
+    return lambda x: served.signatures["serving_default"](x=x)["outputs"], served.stored
 
 
-@pytest.mark.parametrize("name", ["layers", "recompute", "int8"])
-def test_of_other_experts(name, tmp_path):
+EXPORTS = {"by_keras": by_keras, "for_serving": for_serving}
+
+
+@covering(
+    usual=[
+        ("noisy_top_k", "by_keras"),
+        ("strictly_balanced", "for_serving"),
+        ("capacity", "by_keras"),
+        ("hierarchical", "for_serving"),
+    ],
+    make=EVERY_LAYER,
+    export=EXPORTS,
+)
+def test_of_every_layer(make, export, tmp_path):
+    model = as_model(with_random_weights(make(use_bias=True, num_shared_experts=1)))
+    assert_same_gradients(*export(model, tmp_path), model)
+
+
+@covering(
+    usual=[("layers", "by_keras"), ("int8", "for_serving")],
+    name=["layers", "int8", "recompute"],
+    export=EXPORTS,
+)
+def test_of_other_experts(name, export, tmp_path):
     experts = {"experts": keras.layers.Dense(WIDTH)} if name == "layers" else {"hidden_units": 4}
     layer = SparseMoE(5, k=2, recompute=name == "recompute", **experts)
     model = as_model(with_random_weights(layer))
     if name == "int8":
         layer.experts.quantize("int8")
-    assert_exports_have_gradients(model, tmp_path)
+    assert_same_gradients(*export(model, tmp_path), model)
 
 
 def test_masked_positions_have_none(tmp_path):
@@ -78,7 +96,7 @@ def test_masked_positions_have_none(tmp_path):
     np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["noisy_top_k", "hierarchical"])
+@pytest.mark.parametrize("name", usually(["hierarchical"], ["noisy_top_k"]))
 def test_a_head_and_a_foot_learn_on_a_frozen_export(name, tmp_path):
     model = as_model(with_random_weights(EVERY_LAYER[name]()))
     model.export(tmp_path / "model", verbose=False)

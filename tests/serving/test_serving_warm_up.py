@@ -2,6 +2,7 @@
 
 import sys
 
+import keras
 import pytest
 import tensorflow as tf
 from exports import TOKENS
@@ -10,8 +11,13 @@ from tensorflow_serving.apis import prediction_log_pb2
 import keras_moe
 
 
-def test_warm_up_requests_are_answered_and_stored(trained, tmp_path):
-    model, _ = trained
+@pytest.fixture
+def model():
+    """A model that is soon exported."""
+    return keras.Sequential([keras.Input((None,), dtype="int32"), keras.layers.Embedding(9, 2)])
+
+
+def test_warm_up_requests_are_answered_and_stored(model, tmp_path):
     signatures = {"serving_default": (model, [TOKENS]), "same": (model, [TOKENS])}
     requests = {"serving_default": {"tokens": [[1, 2]]}, "same": [{"tokens": [[3]]}] * 2}
     path = keras_moe.export_saved_model(model, tmp_path, signatures=signatures, warm_up=requests)
@@ -28,8 +34,7 @@ def test_warm_up_requests_are_answered_and_stored(trained, tmp_path):
     assert names == ["serving_default", "same", "same"]
 
 
-def test_warm_up_without_its_package_says_what_to_install(trained, tmp_path, monkeypatch):
-    model, _ = trained
+def test_warm_up_without_its_package_says_what_to_install(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
     signatures = {"serving_default": (model, [TOKENS])}
     with pytest.raises(ImportError, match=r"pip install keras_moe\[serving\]"):
