@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import keras_moe
 from keras_moe import (
@@ -43,6 +42,7 @@ class Contract(NamedTuple):
         parts: Parts that can be frozen alone, by attribute.
         only_float32: Whether there is no other dtype policy.
         twice_in_training: Whether the layer can be differentiated twice in training.
+        counts_rows: Whether under JAX, where it gets rows of zeros as well, it refuses to train.
         any_width: Inputs that no weight is multiplied by, so that they may be of any width.
     """
 
@@ -53,6 +53,7 @@ class Contract(NamedTuple):
     parts: tuple = ()
     only_float32: bool = False
     twice_in_training: bool = True
+    counts_rows: bool = False
     any_width: tuple = ()
 
     @property
@@ -84,7 +85,7 @@ class Contract(NamedTuple):
 
 def bank(make, parts=(), **options):
     def call(layer, rows, **kwargs):
-        return layer(rows, rows_per_expert=tf.constant(ROWS_PER_EXPERT), **kwargs)
+        return layer(rows, rows_per_expert=np.array(ROWS_PER_EXPERT, "int32"), **kwargs)
 
     return Contract(make, ((8, WIDTH),), call, masks={}, parts=parts, **options)
 
@@ -141,7 +142,7 @@ def cell():
 
 
 # TensorFlow's moments hold the mean fixed: right once, wrong when differentiated twice.
-NORMALIZED = {"twice_in_training": False}
+NORMALIZED = {"twice_in_training": False, "counts_rows": True}
 
 
 def expert(**kwargs):

@@ -53,6 +53,22 @@ def _in_tensorflow(function, tensors, variables, way, unconnected):
 def _in_jax(function, tensors, variables, way, unconnected):
     import jax
 
+    pure, some, state, structures = _pure(function, tensors, variables)
+    step = jax.jit(jax.grad(pure, argnums=(0, 1), has_aux=True))
+    gradients, (flat, after) = step(some, [v.value for v in variables], [v.value for v in state])
+    for variable, value in zip(state, after, strict=True):
+        variable.assign(value)
+    structure = keras.tree.pack_sequence_as(structures[-1], flat)
+    return structure, *map(list, gradients)
+
+
+def _pure(function, tensors, variables):
+    """The function for JAX: of float tensors, the variables' values, and the state's.
+
+    Returns:
+        The function, the float tensors, the list of the state's variables, and a list to which each
+        call of the function adds the structure that `function` returns.
+    """
     tensors = [ops.convert_to_tensor(x) for x in tensors]
     floats = [i for i, x in enumerate(tensors) if "float" in str(x.dtype)]
     layer = getattr(function, "layer", None)
@@ -73,14 +89,76 @@ def _in_jax(function, tensors, variables, way, unconnected):
         after = [scope.get_current_value(v) for v in state]
         return total, (keras.tree.flatten(structure), after)
 
-    step = jax.jit(jax.grad(pure, argnums=(0, 1), has_aux=True))
-    gradients, (flat, after) = step(
-        [tensors[i] for i in floats], [v.value for v in variables], [v.value for v in state]
+    return pure, [tensors[i] for i in floats], state, structures
+
+
+def curvature(function, tensors, variables, direction, step=3e-4):
+    """How gradients change along a direction: by differentiating twice, and by two steps.
+
+    The Hessian matrix is symmetric: its product with the direction is the gradient of the
+    gradients' product with it.
+
+    Args:
+        function: As in `with_gradients`; each time it draws the same noise.
+        tensors: List of float tensors.
+        variables: List of variables that it reads.
+        direction: List of arrays, for the tensors and then the variables.
+        step: The length of the steps, ahead and back.
+
+    Returns:
+        Two lists of arrays, for the tensors and then the variables.
+    """
+    start = [*map(ops.convert_to_tensor, tensors), *map(ops.copy, variables)]
+    if keras.config.backend() == "jax":
+        gradients, product = _second_in_jax(function, tensors, variables, start, direction)
+    else:
+        gradients, product = _second_in_tensorflow(function, tensors, variables, direction)
+    ahead, back = (
+        gradients([x + sign * step * along for x, along in zip(start, direction, strict=True)])
+        for sign in (1, -1)
     )
-    for variable, value in zip(state, after, strict=True):
-        variable.assign(value)
-    structure = keras.tree.pack_sequence_as(structures[-1], flat)
-    return structure, *map(list, gradients)
+    pairs = zip(ahead, back, strict=True)
+    return product, [(np.float64(a) - np.float64(b)) / (2 * step) for a, b in pairs]
+
+
+def _second_in_jax(function, tensors, variables, start, direction):
+    import jax
+
+    pure, _, state, _ = _pure(function, tensors, variables)
+
+    def gradients(x):
+        before = [v.value for v in state]
+        found = jax.grad(pure, argnums=(0, 1), has_aux=True)
+        return sum(map(list, found(x[: len(tensors)], x[len(tensors) :], before)[0]), [])
+
+    def slope(x):
+        first = gradients(x)
+        return sum((g * d).sum() for g, d in zip(first, direction, strict=True)), first
+
+    both = jax.jit(jax.grad(slope, has_aux=True))
+    return lambda x: both(x)[1], both(start)[0]
+
+
+def _second_in_tensorflow(function, tensors, variables, direction):
+    import tensorflow as tf
+
+    tensors = [tf.convert_to_tensor(x) for x in tensors]
+    layer = function.layer
+    beginning = [(variable, ops.convert_to_numpy(variable)) for variable in layer.variables]
+
+    def gradients(x):
+        for variable, value in [*beginning, *zip(variables, x[len(tensors) :], strict=True)]:
+            variable.assign(value)
+        found = _in_tensorflow(function, x[: len(tensors)], variables, "eager", "zero")
+        return [*found[1], *found[2]]
+
+    values = [variable.value for variable in variables]
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        first = gradients([*tensors, *map(tf.identity, values)])
+        slope = tf.add_n([tf.reduce_sum(g * d) for g, d in zip(first, direction, strict=True)])
+    product = tape.gradient(slope, [*tensors, *values], unconnected_gradients="zero")
+    return gradients, product
 
 
 def value_and_gradients(function, *arguments):

@@ -56,6 +56,27 @@ def examples(number=EXAMPLES, seed=0):
     return np.random.default_rng(seed).normal(size=(number, WIDTH)).astype("float32")
 
 
+def rounded(x, dtype):
+    """The numbers nearest to those of a float32 array that a dtype holds, in float32."""
+    return np.float32(x).astype(dtype).astype("float32")
+
+
+def policies(*names):
+    """Those of dtype policies that there are: JAX has float64 only if all of it is told so."""
+    return [name for name in names if name != "float64" or keras.config.backend() != "jax"]
+
+
+def sparse(x):
+    """An array as a sparse tensor."""
+    if keras.config.backend() == "jax":
+        from jax.experimental.sparse import BCOO
+
+        return BCOO.fromdense(x)
+    import tensorflow as tf
+
+    return tf.sparse.from_dense(x)
+
+
 def assign_random_weights(layer, rng, scale=1.0):
     """Weights far from zero: initial gating kernels are zeros, which would test ties alone."""
     assert layer.built
@@ -280,15 +301,22 @@ every_layer = pytest.mark.parametrize("make", EVERY_LAYER.values(), ids=EVERY_LA
 
 def call_and_gradients(layer, x, *, training, mask=None):
     """Output, losses, and all gradients of their sum: by `x`, then by every trainable weight."""
+    y, losses, gradients, _ = call_gradients_and_routing(layer, x, training=training, mask=mask)
+    return y, losses, gradients
+
+
+def call_gradients_and_routing(layer, x, *, training, mask=None):
+    """The same and the `Routing` of the call."""
 
     def step(x):
-        y = layer(x, training=training, mask=mask)
+        with layer.recorded_routings() as routings:
+            y = layer(x, training=training, mask=mask)
         losses = list(layer.losses)
         total = ops.sum(y) + sum(ops.cast(loss, y.dtype) for loss in losses)
-        return total, {"y": y, "losses": losses}
+        return total, {"y": y, "losses": losses, "routing": routings[0]}
 
     step.layer = layer
     results, by_x, by_weights = with_gradients(
         step, [np.asarray(x)], layer.trainable_weights, unconnected="zero"
     )
-    return results["y"], results["losses"], [*by_x, *by_weights]
+    return results["y"], results["losses"], [*by_x, *by_weights], results["routing"]

@@ -8,6 +8,7 @@ call is kept in Keras' global state.
 
 import warnings
 
+import keras
 from keras.src.backend.common import global_state
 
 from keras_moe.backend import tracing
@@ -48,7 +49,10 @@ class OwnLosses:
 
 def added_losses(layer):
     """The losses that a layer and all layers in it have added; not those of regularizers."""
-    return [loss for part in layer._flatten_layers() for loss in part._losses]
+    # Keras' own way, by which nobody is told that they are read: in a stateless call, as `fit`
+    # makes under JAX, they are not with the layer.
+    parts = layer._flatten_layers()
+    return [loss for part in parts for loss in keras.layers.Layer._get_own_losses(part)]
 
 
 def called_model():

@@ -55,7 +55,7 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
     Raises:
         ValueError: If `num_experts` is not an integer of at least 1, or `layer` not a Keras layer
             whose output has one row for each row of the input. In a call under JAX without a
-            capacity, if an expert has losses or statistics of a batch.
+            capacity, if an expert has losses, or in training statistics of a batch.
     """
 
     def __init__(self, num_experts, layer, **kwargs):
@@ -99,7 +99,7 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
             # By it optimizers know them. An expert that is a mixture itself has set it already.
             variable.expert_rank = getattr(variable, "expert_rank", len(variable.shape))
 
-    def call(self, rows, rows_per_expert=None):
+    def call(self, rows, rows_per_expert=None, training=None):
         rows, rows_per_expert = as_input(self, rows), as_numbers(rows_per_expert)
         if rows_per_expert is None:
             experts = zip(self.layers, ops.unstack(rows), strict=True)
@@ -108,13 +108,14 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
         experts = zip(self.layers, parts, strict=True)
         y = pieces.join([self._call_expert(layer, piece) for layer, piece in experts], rest)
         if STATIC_SHAPES:
-            self._check_rows_by_themselves()
+            self._check_rows_by_themselves(training)
         return y
 
-    def _check_rows_by_themselves(self):
+    def _check_rows_by_themselves(self, training):
         """Raises ValueError where more depends on the number of rows than the rows' outputs."""
         for layer in self.layers:
-            parts = layers_by_name(layer, keras.layers.BatchNormalization)
+            parts = layers_by_name(layer, keras.layers.BatchNormalization).values()
+            parts = training and any(part.trainable for part in parts)
             if parts or added_losses(layer):
                 raise ValueError(
                     "Under JAX an expert is called with its own rows and as many zeros as there "

@@ -3,11 +3,22 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from helpers import EVERY_LAYER, WIDTH, every_layer, examples, with_random_weights
+from helpers import (
+    EVERY_LAYER,
+    WIDTH,
+    call_and_gradients,
+    every_layer,
+    examples,
+    with_random_weights,
+)
 
 from keras_moe import SparseMoE, models
 from keras_moe.models.beam_search import NEVER, beam_search
+
+if keras.config.backend() == "tensorflow":
+    import tensorflow as tf
+
+pytestmark = pytest.mark.tensorflow("it is TensorFlow's; JAX gives no numbers of single operations")
 
 
 @pytest.fixture(autouse=True)
@@ -17,9 +28,9 @@ def checked():
     tf.debugging.disable_check_numerics()
 
 
-def fit(layer):
+def fit(layer, **options):
     model = keras.Sequential([keras.Input((WIDTH,)), layer])
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", **options)
     model.fit(examples(12), examples(12), batch_size=8, verbose=0)
     model.evaluate(examples(12), examples(12), verbose=0)
     model.predict(examples(1), verbose=0)
@@ -32,7 +43,7 @@ def test_it_is_on():
 
 @every_layer
 def test_every_layer(make):
-    fit(make(use_bias=True, router_z_loss_weight=0.1))
+    fit(make(use_bias=True, router_z_loss_weight=0.1), run_eagerly=True)
 
 
 def test_other_ways_through_the_layer():
@@ -46,12 +57,8 @@ def test_nobody_and_nothing(make):
     layer.build((None, WIDTH))
     x, mask = examples(), np.zeros(len(examples()), bool)
 
-    @tf.function(autograph=False)
     def gradient(x, mask):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            total = tf.reduce_sum(layer(x, training=True, mask=mask)) + tf.add_n(layer.losses)
-        return tape.gradient(total, x)
+        return call_and_gradients(layer, x, training=True, mask=mask)[2][0]
 
     np.testing.assert_array_equal(gradient(x, mask), 0.0)
     assert gradient(x[:0], mask[:0]).shape == (0, WIDTH)
@@ -67,12 +74,12 @@ def test_a_broken_example_is_found():
 def test_models():
     ids = np.random.default_rng(0).integers(0, 20, (4, 5))
     model = models.LanguageModel(20, 8, SparseMoE(4, 8, k=2), num_sampled=4)
-    model.compile("adam")
+    model.compile("adam", run_eagerly=True)
     model.fit(ids, ids, verbose=0)
     model.evaluate(ids, ids, verbose=0)
     middle = SparseMoE(4, 8, k=2)
     model = models.TranslationModel(20, 8, decoder_middle=middle, lstm_units=8)
-    model.compile("adam")
+    model.compile("adam", run_eagerly=True)
     model.fit((ids, ids), ids, verbose=0)
     found = model.translate(ids, 2, excluded=[1], max_length=3)
     assert np.isfinite(found.scores).all()

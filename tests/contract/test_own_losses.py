@@ -5,12 +5,14 @@ import warnings
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from helpers import WIDTH, every_layer, examples, numpy, with_random_weights
+from helpers import EVERY_LAYER, WIDTH, every_layer, examples, numpy, with_random_weights
+from keras import ops
 
-from keras_moe import SparseMoE
+from keras_moe import NoisyTopKGating, SparseMoE
 
 NO_LOSSES = {"importance_loss_weight": 0.0, "load_loss_weight": 0.0}
+JAX = keras.config.backend() == "jax"
+QUIET = "noisy_top_k without noise"
 SEQUENCES = np.random.default_rng(0).normal(size=(8, 5, WIDTH)).astype("float32")
 
 
@@ -27,7 +29,7 @@ class Cell(keras.layers.Layer):
         self.moe.build((None, WIDTH))
 
     def call(self, x, states, training=None):
-        h = keras.ops.tanh(x + self.moe(states[0], training=training))
+        h = ops.tanh(x + self.moe(states[0], training=training))
         return h, [h]
 
 
@@ -37,10 +39,12 @@ def recurrent(moe, **options):
     return model
 
 
-@every_layer
-def test_a_layer_without_losses_works_in_a_recurrent_cell(make):
-    moe = with_random_weights(make(**NO_LOSSES, name="moe"))
+@pytest.mark.parametrize("name", ["noisy_top_k", "balanced_capacity", "hierarchical"])
+def test_a_layer_without_losses_works_in_a_recurrent_cell(name):
+    moe = with_random_weights(EVERY_LAYER[name](**NO_LOSSES, name="moe"))
     moe.gating.batchwise_loss_weight = 0.0
+    if JAX:  # Where Keras itself draws no noise in a loop (3.15).
+        moe.gating.noise = False
     model = recurrent(moe)
     before = [numpy(kernel).copy() for kernel in moe.experts.kernels]
     with warnings.catch_warnings():
@@ -48,24 +52,26 @@ def test_a_layer_without_losses_works_in_a_recurrent_cell(make):
         warnings.filterwarnings("ignore", message="Gradients do not exist.*thresholds")
         logs = model.fit(SEQUENCES, SEQUENCES[:, 0], verbose=0).history
     assert all(np.any(k != b) for k, b in zip(moe.experts.kernels, before, strict=True))
-    assert logs["moe/max_over_mean_load"][0] >= 1.0
-    logs = model.evaluate(SEQUENCES, SEQUENCES[:, 0], verbose=0, return_dict=True)
-    assert logs["moe/max_over_mean_load"] >= 1.0
+    if not JAX:  # Where nothing but the cell's state leaves a loop.
+        assert logs["moe/max_over_mean_load"][0] >= 1.0
+        logs = model.evaluate(SEQUENCES, SEQUENCES[:, 0], verbose=0, return_dict=True)
+        assert logs["moe/max_over_mean_load"] >= 1.0
     assert model.predict(SEQUENCES, verbose=0).shape == (8, WIDTH)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"importance_loss_weight": 0.0},
-        {"load_loss_weight": 0.0},
-        {**NO_LOSSES, "router_z_loss_weight": 0.1},
+        {"gating": QUIET},
+        {"gating": QUIET, "load_loss_weight": 0.0},
+        {"gating": "softmax", **NO_LOSSES, "router_z_loss_weight": 0.1},
         {**NO_LOSSES, "gating": "strictly_balanced"},
     ],
     ids=str,
 )
 def test_losses_in_a_recurrent_cell_are_left_out_with_a_warning_when_they_are_read(options):
+    if options["gating"] is QUIET:
+        options = {**options, "gating": NoisyTopKGating(4, 2, noise=False)}
     model = recurrent(SparseMoE(4, 8, k=2, **options))
     message = "cannot leave the loop.*unroll=True.*set the weights of all its losses to 0"
     with warnings.catch_warnings():
@@ -91,31 +97,34 @@ def test_losses_in_an_unrolled_cell_are_those_of_all_steps():
     assert len(model.losses) == 2 * 2
 
 
+class Branch(keras.layers.Layer):
+    def __init__(self, moe):
+        super().__init__()
+        self.moe = moe
+
+    def build(self, shape):
+        self.moe.build(shape)
+
+    def call(self, x, training=None):
+        return ops.cond(ops.sum(x) > 0, lambda: self.moe(x, training=training), lambda: x)
+
+
 def test_losses_in_a_branch_are_left_out_with_a_warning_when_they_are_read():
-    layer = with_random_weights(SparseMoE(4, 8, k=2))
-
-    class Branch(keras.layers.Layer):
-        def __init__(self):
-            super().__init__()
-            self.moe = layer
-
-        def call(self, x, training=None):
-            return tf.cond(tf.reduce_sum(x) > 0, lambda: self.moe(x, training=training), lambda: x)
-
-    branch = Branch()
-
-    @tf.function
-    def step(x, read):
-        y = branch(x, training=True)
-        return y, (len(branch.losses) if read else 0)
-
-    step(tf.constant(examples()), read=False)
+    # Without noise: under JAX Keras itself draws none in a branch (3.15).
+    moe = SparseMoE(4, 8, gating=NoisyTopKGating(4, 2, noise=False))
+    branch = Branch(moe)
+    model = keras.Sequential([keras.Input((WIDTH,)), branch])
+    model.compile("sgd", "mse")
+    x = examples()
+    model.predict(x, verbose=0)  # Nobody reads them.
     with pytest.warns(UserWarning, match="cannot leave the loop or branch"):
-        _, number = step(tf.constant(examples()), read=True)
-    assert number == 0
+        model.train_on_batch(x, x)
 
 
+@pytest.mark.tensorflow("a tf.while_loop")
 def test_losses_are_read_inside_a_loop_within_the_graph_that_they_are_of():
+    import tensorflow as tf
+
     layer = with_random_weights(SparseMoE(4, 8, k=2))
 
     @tf.function

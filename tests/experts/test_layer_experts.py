@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from gradients import with_gradients
 from helpers import (
     CROSS_ENTROPY,
     WIDTH,
@@ -13,6 +13,7 @@ from helpers import (
     next_words,
     with_random_weights,
 )
+from keras import ops
 from keras.ops import convert_to_numpy as numpy
 from keras.src.saving.serialization_lib import ObjectSharingScope
 
@@ -20,6 +21,9 @@ import keras_moe
 from keras_moe import LayerExperts, NoisyTopKGating, SparseMoE
 
 HIDDEN = 4
+# Of experts whose losses or statistics are means over their rows. Under JAX those need a capacity:
+# `test_experts_that_count_their_rows_are_refused`.
+FACTORS = [1.0] if keras.config.backend() == "jax" else [None, 1.0]
 
 
 def sequential(**kwargs):
@@ -38,15 +42,19 @@ def functional(width=WIDTH):
 
 def step(layer, x, *, training=True, mask=None):
     """Output, losses, and gradients by x, the gating's weights and each expert's weights."""
-    x = tf.constant(x)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
+
+    def total(x):
         y = layer(x, training=training, mask=mask)
-        total = tf.reduce_sum(tf.sin(y)) + tf.add_n(layer.losses)
-    own = [[weight.value for weight in part.trainable_weights] for part in experts_of(layer)]
-    gating = [weight.value for weight in layer.gating.trainable_weights]
-    d_x, d_gating, d_experts = tape.gradient(total, [x, gating, own])
-    return y, layer.losses, [d_x, *d_gating], d_experts
+        losses = list(layer.losses)
+        return ops.sum(ops.sin(y)) + sum(losses), {"y": y, "losses": losses}
+
+    total.layer = layer
+    parts = [layer.gating, *experts_of(layer)]
+    weights = [weight for part in parts for weight in part.trainable_weights]
+    results, by_x, by_weights = with_gradients(total, [x], weights)
+    found = iter(by_weights)
+    d_gating, *d_experts = ([next(found) for _ in part.trainable_weights] for part in parts)
+    return results["y"], results["losses"], [*by_x, *d_gating], d_experts
 
 
 def experts_of(layer):
@@ -76,7 +84,6 @@ def test_equals_feed_forward_experts(factor):
         np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-4)
     for i, gradient in enumerate(d_experts):
         for our, their in zip(gradient, d_bank, strict=True):
-            assert isinstance(our, tf.Tensor)
             np.testing.assert_allclose(our, their[i], rtol=1e-4, atol=1e-4)
 
 
@@ -105,7 +112,7 @@ def activity_is_summed():
     return np.isclose(dense.losses[0], 0.02)
 
 
-@pytest.mark.parametrize("factor", [None, 1.0])
+@pytest.mark.parametrize("factor", FACTORS)
 def test_losses_of_the_experts_are_losses_of_the_layer(factor):
     expert = keras.layers.Dense(
         3, kernel_regularizer=keras.regularizers.L2(0.5), activity_regularizer="l1"
@@ -134,7 +141,7 @@ def test_losses_of_the_experts_are_losses_of_the_layer(factor):
     np.testing.assert_allclose(np.sort(others[4:]), np.sort(decay), rtol=1e-5)
 
 
-@pytest.mark.parametrize("factor", [None, 1.0])
+@pytest.mark.parametrize("factor", FACTORS)
 def test_models_with_dropout_and_batch_normalization(factor):
     layer = with_random_weights(SparseMoE(5, experts=functional(), k=2, capacity_factor=factor))
     for expert in layer.experts.layers:
@@ -164,7 +171,9 @@ def test_models_with_dropout_and_batch_normalization(factor):
 
 
 def test_fit_saves_and_loads(tmp_path):
-    layer = SparseMoE(4, experts=functional(8), k=2, num_shared_experts=1)
+    layer = SparseMoE(
+        4, experts=functional(8), k=2, num_shared_experts=1, capacity_factor=FACTORS[0]
+    )
     model, (x, y) = language_model(moe=layer), next_words()
     model.compile(keras.optimizers.Adam(0.03), CROSS_ENTROPY)
     history = model.fit(x, y, batch_size=16, epochs=8, verbose=0).history
@@ -191,7 +200,7 @@ def test_config_round_trip(expert):
     assert clone.get_config() == layer.get_config()
 
 
-@pytest.mark.parametrize("factor", [None, 1.0])
+@pytest.mark.parametrize("factor", FACTORS)
 def test_a_mixture_of_mixtures(factor):
     inner = SparseMoE(3, HIDDEN, k=1, name="inner")
     layer = SparseMoE(2, experts=inner, k=2, capacity_factor=factor)
@@ -213,7 +222,7 @@ def test_a_mixture_of_mixtures(factor):
 @keras.saving.register_keras_serializable("tests")
 class NoRows(keras.layers.Layer):
     def call(self, x):
-        return keras.ops.sum(x, axis=0, keepdims=True)
+        return ops.sum(x, axis=0, keepdims=True)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +241,7 @@ def test_layers_of_another_kind_are_refused(layer, message):
 def test_mixed_precision():
     layer = SparseMoE(3, experts=sequential(dtype="float32"), k=2, dtype="mixed_bfloat16")
     y = layer(np.ones((2, 3, WIDTH)), training=True)
-    assert y.dtype == tf.bfloat16
+    assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
 
 
 @pytest.mark.parametrize("inputs", [False, True])

@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from helpers import (
     assert_agrees,
     assign_random_weights,
@@ -16,6 +15,8 @@ from helpers import (
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import HierarchicalBalancedGating, HierarchicalMoE, grow
+
+pytestmark = pytest.mark.covering
 
 
 def random_layer(num_groups=3, group_size=4, k=(2, 2), **options):
@@ -97,19 +98,14 @@ def test_a_broken_example_stays_in_its_own_row(training):
 def test_thresholds_learn_what_training_chooses():
     layer, x = random_layer(2, 2, (1, 1)), examples(64)
     gating = layer.gating
-    thresholds = [gating.primary_thresholds, gating.secondary_thresholds]
-
-    @tf.function(autograph=False)
-    def train(learning_rate):
-        with tf.GradientTape() as tape:
-            chosen = gating(x, training=True)
-            loss = tf.add_n(gating.losses)
-        for weight, gradient in zip(thresholds, tape.gradient(loss, thresholds), strict=True):
-            weight.assign_sub(learning_rate * gradient)
-        return chosen
-
-    for step in range(100):
-        chosen = train(tf.constant(0.002 / (1 + step / 20)))
+    inputs = keras.Input(x.shape[1:])
+    model = keras.Model(inputs, gating(inputs).load)
+    rate = keras.optimizers.schedules.InverseTimeDecay(0.002, 20, 1.0)
+    for kernel in (gating.primary, gating.secondary):
+        kernel.trainable = False
+    model.compile(keras.optimizers.SGD(rate))
+    model.fit(x, batch_size=64, epochs=100, verbose=0)
+    chosen = gating(x, training=True)
     np.testing.assert_array_equal(chosen.load, np.full(4, 16))  # 64 rows, 32 a group, 16 an expert
     np.testing.assert_allclose(gating(x, training=False).load, chosen.load, atol=2)
 

@@ -2,11 +2,11 @@
 
 import math
 
-import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from gradients import with_gradients
 from helpers import EXAMPLES, WIDTH, assign_random_weights, examples, random_hierarchical
+from keras import ops
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import HierarchicalGating, HierarchicalMoE
@@ -15,9 +15,12 @@ HIDDEN = 5
 KERNELS = ("primary", "secondary", "primary_noise", "secondary_noise")
 
 
+@pytest.mark.tensorflow("it counts calls of tf.matmul; under JAX a loop over rows computes")
 @pytest.mark.cpu
 @pytest.mark.parametrize("training", [True, False])
 def test_gating_multiplies_each_example_with_its_own_groups(training, monkeypatch):
+    import tensorflow as tf
+
     products = []
     matmul = tf.matmul
 
@@ -45,23 +48,25 @@ def test_secondary_kernels_of_other_groups_are_never_met():
     poisoned = np.full((16, WIDTH, 4), np.nan)
     poisoned[chosen] = numpy(layer.gating.secondary)[chosen]
     layer.gating.secondary.assign(poisoned)
-    tensors = tf.constant(x)
-    with tf.GradientTape() as tape:
-        tape.watch(tensors)
-        y = layer(tensors)
-        total = tf.reduce_sum(y) + tf.add_n(layer.losses)
-    np.testing.assert_array_equal(y, sound)
-    for gradient in tape.gradient(total, [tensors, layer.gating.secondary.value]):
+
+    def total(x):
+        y = layer(x)
+        return ops.sum(y) + sum(layer.losses), y
+
+    y, by_x, by_kernel = with_gradients(total, [x], [layer.gating.secondary])
+    np.testing.assert_allclose(y, sound, rtol=1e-6)
+    for gradient in (*by_x, *by_kernel):
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.tensorflow("under JAX an activation sees a piece of rows at a time")
 @pytest.mark.cpu
 def test_load_of_evaluation_is_the_rows_that_each_expert_computes():
     rows_computed = []
 
     def recording_relu(z):
         rows_computed.append(len(z))
-        return keras.ops.relu(z)
+        return ops.relu(z)
 
     layer = random_hierarchical(5, 4, 8, k=(2, 3), activation=recording_relu)
     mask = np.arange(EXAMPLES) < 17
@@ -86,12 +91,16 @@ def test_gates_of_k_1_are_probabilities_that_learn():
     gating.build((None, 1))
     gating.primary.assign(np.log([[1.0, 3.0]]))
     gating.secondary.assign(np.log([[[1.0, 1.0, 1.0]], [[1.0, 5.0, 4.0]]]))
-    with tf.GradientTape() as tape:
-        routing = gating(np.ones((1, 1)))
-        gate = routing.gates[0, 0]
+
+    def first_gate(x):
+        routing = gating(x)
+        return routing.gates[0, 0], routing
+
+    x, weights = np.ones((1, 1)), [gating.primary, gating.secondary]
+    routing, _, (d_primary, d_secondary) = with_gradients(first_gate, [x], weights)
+    gate = routing.gates[0, 0]
     np.testing.assert_array_equal(routing.expert_index, [[4]])  # 1·3 + 1
     np.testing.assert_allclose(gate, 3 / 4 * 1 / 2, rtol=1e-6)
-    d_primary, d_secondary = tape.gradient(gate, [gating.primary.value, gating.secondary.value])
     # Softmax: p_1·(1 - p_1) for itself, -p_1·p_j for the others; times the gate of the other level.
     np.testing.assert_allclose(d_primary, [[-3 / 16 / 2, 3 / 16 / 2]], rtol=1e-5)
     expected = np.array([[[0, 0, 0]], [[-0.05, 0.25, -0.2]]]) * 3 / 4

@@ -1,8 +1,9 @@
 """The gating layers by themselves; their numbers are tested through SparseMoE."""
 
+import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from gradients import with_gradients
 
 from keras_moe import NoisyTopKGating, SoftmaxGating
 
@@ -11,10 +12,8 @@ from keras_moe import NoisyTopKGating, SoftmaxGating
 def test_routing_has_the_documented_shapes_and_types(gating):
     k = getattr(gating, "k", 5)
     routing = gating(np.ones((3, 4)), training=True)
-    assert (routing.expert_index.shape, routing.expert_index.dtype) == ((3, k), tf.int32)
-    assert (routing.gates.shape, routing.gates.dtype) == ((3, k), tf.float32)
-    assert (routing.importance.shape, routing.importance.dtype) == ((5,), tf.float32)
-    assert (routing.load.shape, routing.load.dtype) == ((5,), tf.float32)
+    found = [(part.shape, keras.backend.standardize_dtype(part.dtype)) for part in routing]
+    assert found == [((3, k), "int32"), ((3, k), "float32"), ((5,), "float32"), ((5,), "float32")]
 
 
 def test_kernels_begin_at_zero():
@@ -29,21 +28,23 @@ def test_kernels_begin_at_zero():
 def test_gating_is_float32_and_nothing_else(dtype):
     with pytest.raises(ValueError, match=f"float32 whatever .* Received: dtype='{dtype}'"):
         NoisyTopKGating(5, k=2, dtype=dtype)
-    routing = NoisyTopKGating(5, k=2)(tf.ones((3, 4), tf.float64), training=True)
-    assert routing.gates.dtype == routing.load.dtype == tf.float32
+    routing = NoisyTopKGating(5, k=2)(np.ones((3, 4), "float64"), training=True)
+    assert routing.gates.dtype == routing.load.dtype == "float32"
 
 
 def test_k_of_1_uses_the_probability_among_all_experts():
     gating = NoisyTopKGating(3, k=1)
     gating.build((None, 1))
     gating.gate_kernel.assign(np.log([[1.0, 5.0, 4.0]]))
-    with tf.GradientTape() as tape:
-        gates = gating(np.ones((1, 1))).gates
+
+    def gate(x):
+        gates = gating(x).gates
+        return gates[0, 0], gates
+
+    gates, _, (gradient,) = with_gradients(gate, [np.ones((1, 1))], [gating.gate_kernel])
     np.testing.assert_allclose(gates, [[0.5]], rtol=1e-6)  # 5 / (1 + 5 + 4)
     # The gradient of softmax's p_1 by its logits: p_1·(1 - p_1) for itself, -p_1·p_j for others.
-    np.testing.assert_allclose(
-        tape.gradient(gates, gating.gate_kernel.value), [[-0.05, 0.25, -0.2]], rtol=1e-5
-    )
+    np.testing.assert_allclose(gradient, [[-0.05, 0.25, -0.2]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("k", [2, 5])

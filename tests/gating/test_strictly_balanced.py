@@ -17,6 +17,8 @@ from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import SparseMoE, StrictlyBalancedGating
 
+pytestmark = pytest.mark.covering
+
 
 def random_layer(num_experts=5, k=2, static_shapes=False, weight=1.0, z=0.0, **kwargs):
     gating = StrictlyBalancedGating(

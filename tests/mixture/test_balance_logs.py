@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from helpers import EVERY_LAYER, WIDTH, assign_random_weights
 
 from keras_moe import NoisyTopKGating, SparseMoE
@@ -43,6 +42,16 @@ def each_batch(action):
     return Each()
 
 
+def traced(function):
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    import tensorflow as tf
+
+    return tf.function(function)
+
+
 ACTIONS = {
     "predict": lambda model: model.predict(OTHER, verbose=0),
     "predict_on_batch": lambda model: model.predict_on_batch(OTHER),
@@ -51,7 +60,7 @@ ACTIONS = {
     "call in evaluation": lambda model: model(OTHER, training=False),
     "layer": lambda model: model.get_layer("moe")(OTHER, training=False),
     "route": lambda model: model.get_layer("moe").route(OTHER, training=False),
-    "graph": lambda model: tf.function(lambda x: model(x, training=False))(OTHER),
+    "graph": lambda model: traced(lambda x: model(x, training=False))(OTHER),
 }
 
 

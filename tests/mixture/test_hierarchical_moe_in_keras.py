@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from helpers import (
     CROSS_ENTROPY,
     WIDTH,
@@ -56,7 +55,10 @@ def test_saved_model_weights_and_clone_come_back(trained, tmp_path):
     np.testing.assert_array_equal(clone.predict(x, verbose=0), expected)
 
 
+@pytest.mark.tensorflow("exports are TensorFlow's")
 def test_export_writes_no_state(trained, tmp_path):
+    import tensorflow as tf
+
     x, _ = next_words()
     trained.export(tmp_path / "1", verbose=False)
     served = tf.saved_model.load(tmp_path / "1")

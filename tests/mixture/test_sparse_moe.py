@@ -4,7 +4,6 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from helpers import (
     EXAMPLES,
     WIDTH,
@@ -12,6 +11,8 @@ from helpers import (
     assign_random_weights,
     examples,
     oracle,
+    policies,
+    rounded,
     run,
     with_random_weights,
 )
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import NoisyTopKGating, SparseMoE
+
+pytestmark = pytest.mark.covering
 
 HIDDEN = 5
 
@@ -81,6 +84,7 @@ def test_any_shape_agrees_with_the_oracle(data):
     np.testing.assert_allclose(routing.importance, expected.importance, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.tensorflow("what is computed under JAX on_jax/test_products.py counts")
 @pytest.mark.cpu
 @pytest.mark.parametrize("training", [True, False])
 def test_experts_compute_their_own_rows_alone(training):
@@ -160,8 +164,7 @@ def test_mixed_precision_stays_close_to_float32(policy):
     mixed.set_weights(full.get_weights())
     exact = mixed.route(x)
     # From here on numbers that both can hold, so that both choose the same experts.
-    x = x.astype("float16" if policy == "mixed_float16" else tf.bfloat16.as_numpy_dtype)
-    x = x.astype("float32")
+    x = rounded(x, mixed.compute_dtype)
     np.testing.assert_array_equal(exact.gates, mixed.route(x).gates)  # `route` rounds as a call
     np.testing.assert_array_equal(mixed.route(x).expert_index, full.route(x).expert_index)
     (y_full, d_full), (y_mixed, d_mixed) = (
@@ -180,7 +183,7 @@ def test_mixed_precision_stays_close_to_float32(policy):
     np.testing.assert_allclose(np.float32(y_mixed), y_full, atol=tolerance * np.abs(y_full).max())
 
 
-@pytest.mark.parametrize("floatx", ["float64", "float16"])
+@pytest.mark.parametrize("floatx", policies("float64", "float16"))
 def test_the_noise_does_not_depend_on_floatx(floatx):
     keras.config.set_floatx(floatx)
     try:

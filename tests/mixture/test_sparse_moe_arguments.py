@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from helpers import CROSS_ENTROPY, WIDTH, next_words
 
 import keras_moe
@@ -193,7 +192,9 @@ def test_a_wrong_routing_is_refused(change, message):
         "importance": np.ones(4, "float32"),
         "load": np.ones(4, "float32"),
     }
-    routing = {key: tf.constant(value) for key, value in {**routing, **change}.items()}
+    routing = {
+        key: keras.ops.convert_to_tensor(value) for key, value in {**routing, **change}.items()
+    }
     with pytest.raises(ValueError, match=message):
         check_routing(keras_moe.Routing(**routing), 4)
     with pytest.raises(ValueError, match="must return a `Routing`"):

@@ -16,11 +16,8 @@ WIDTH, CLASSES, BATCH = 4, 3, 16
 
 
 @pytest.fixture(autouse=True)
-def quickly_compiled():
-    """Without optimizations, which take longer than the steps, and without a distribution after."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def no_distribution_after():
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     keras.distribution.set_distribution(None)
 
 

@@ -7,7 +7,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from helpers import WIDTH, assign_random_weights
+from helpers import WIDTH, assign_random_weights, policies
 from weight_files import assert_refused, bits, datasets, flip
 
 import keras_moe
@@ -38,7 +38,8 @@ def mixture_data(path):
 
 
 @pytest.mark.parametrize(
-    "policy", ["float32", "float64", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16"]
+    "policy",
+    policies("float32", "float64", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16"),
 )
 def test_intact_files_come_back_bit_by_bit(policy, tmp_path):
     model = make_model(policy)

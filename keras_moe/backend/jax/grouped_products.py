@@ -105,17 +105,7 @@ def multiply(rows, kernel, layout, exactly=False):
     if layout.places is not None:
         return places.multiply(rows, kernel, layout.places, precision)
 
-    def product(rows, kernel, rows_per_expert):
-        return _times(rows, kernel, rows_per_expert, precision)
-
-    def gradient(upstream, rows, kernel, rows_per_expert):
-        of_rows = _times(upstream, kernel, rows_per_expert, transposed=True)
-        if not jnp.issubdtype(kernel.dtype, jnp.floating):  # int8
-            return [of_rows, None]
-        of_kernel = _gradient_of_kernel(rows, upstream, rows_per_expert)
-        return [of_rows, of_kernel.astype(kernel.dtype)]
-
-    return with_gradient(product, gradient, [rows, kernel], [layout.rows_per_expert])
+    return _product(rows, kernel, layout.rows_per_expert, precision)
 
 
 def of_rows(bank, layout):
@@ -134,6 +124,32 @@ def of_rows(bank, layout):
     table = jnp.pad(bank, [(0, 1), (0, 0)])  # Row N is for rows of no expert.
     expert = run_of(jnp.cumsum(layout.rows_per_expert), index_range(layout.num_rows))
     return gather(table, expert)
+
+
+def _product(rows, kernel, rows_per_expert, precision=None, transposed=False):
+    """`_times`, which can be differentiated as often as one likes."""
+
+    def product(rows, kernel, rows_per_expert):
+        return _times(rows, kernel, rows_per_expert, precision, transposed)
+
+    def gradient(upstream, rows, kernel, rows_per_expert):
+        of_rows = _product(upstream, kernel, rows_per_expert, transposed=not transposed)
+        if not jnp.issubdtype(kernel.dtype, jnp.floating):  # int8
+            return [of_rows, None]
+        sides = (upstream, rows) if transposed else (rows, upstream)
+        return [of_rows, _outer_products(*sides, rows_per_expert).astype(kernel.dtype)]
+
+    return with_gradient(product, gradient, [rows, kernel], [rows_per_expert])
+
+
+def _outer_products(rows, upstream, rows_per_expert):
+    """`_gradient_of_kernel`, which can be differentiated as often as one likes."""
+
+    def gradient(of_sums, rows, upstream, rows_per_expert):
+        of_rows = _product(upstream, of_sums, rows_per_expert, transposed=True)
+        return [of_rows, _product(rows, of_sums, rows_per_expert)]
+
+    return with_gradient(_gradient_of_kernel, gradient, [rows, upstream], [rows_per_expert])
 
 
 def _times(rows, kernel, rows_per_expert, precision=None, transposed=False):

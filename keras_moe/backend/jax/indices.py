@@ -12,7 +12,9 @@ tensor = ops.convert_to_tensor
 
 
 def gather(x, index):
-    """x[index] along the first axis."""
+    """x[index] along the first axis; zeros where there is nothing to take."""
+    if x.shape[0] == 0:
+        return jnp.zeros((*index.shape, *x.shape[1:]), x.dtype)
     # Else a negative index would be counted from the end, and one too large would give NaN.
     return jnp.take(x, index, axis=0, mode="clip")
 
