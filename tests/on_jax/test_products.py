@@ -34,13 +34,13 @@ def by_kernels(rows, kernel, counts):
     return tpu_kernels.times(rows, kernel, counts)
 
 
-def _gradients(saved, upstream):
+def _gradients_by_kernels(saved, upstream):
     rows, kernel, counts = saved
     of_rows = tpu_kernels.times(upstream, kernel, counts, transposed=True)
     return of_rows, tpu_kernels.gradient_of_kernel(rows, upstream, counts), None
 
 
-by_kernels.defvjp(lambda *inputs: (by_kernels(*inputs), inputs), _gradients)
+by_kernels.defvjp(lambda *inputs: (by_kernels(*inputs), inputs), _gradients_by_kernels)
 
 
 @pytest.fixture
@@ -92,6 +92,18 @@ def test_vectorised_loops_go_through_the_kernels_of_tpus(interpreted):
         wanted = np.zeros((M, F), "float32")
         wanted[: len(expert)] = np.einsum("md,mdf->mf", rows[i, : len(expert)], kernel[expert])
         np.testing.assert_allclose(each[i], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_of_tpus_are_exact_where_they_have_to_be(interpreted):
+    """By products of bfloat16 alone, which has 8 bits, all 24 bits of float32."""
+    rng = np.random.default_rng(3)
+    rows, kernel = (rng.normal(size=shape).astype("float32") for shape in ((M, 16), (N, 16, F)))
+    load = LOADS["even"]
+    counts = np.array(load, "int32")
+    wanted = np.einsum("md,mdf->mf", rows.astype("float64"), kernel[np.repeat(np.arange(N), load)])
+    exact = jax.jit(functools.partial(tpu_kernels.times, exactly=True))(rows, kernel, counts)
+    # 16 products of two numbers below 4: sums of a few units, of which float32 knows 2^-22.
+    np.testing.assert_allclose(exact, wanted, rtol=0, atol=2e-6)
 
 
 def test_a_whole_expert_in_places():

@@ -5,7 +5,7 @@ How many rows each expert has depends on the data, and no shape may. Three ways 
 * On TPUs there are kernels that compute the tiles of rows that an expert has, and no others
   (`tpu_kernels.py`).
 * On GPUs rows are in places (`places.py`) from the first product of a bank to the last one, and so
-  on TPUs for what there is no kernel for: products that have to be exact, and float16.
+  on TPUs for float16, which has no kernel.
 * Elsewhere a loop over pieces of an expert's rows (`loops.py`).
 
 `jax.lax.ragged_dot_general` says the same in one instruction. XLA computes it for GPUs, most TPUs
@@ -147,9 +147,10 @@ def _times(rows, kernel, rows_per_expert, precision=None, transposed=False):
         return loops.times(rows, kernel, rows_per_expert, precision, transposed)
 
     def by_kernel(rows, kernel, rows_per_expert):
-        return tpu_kernels.times(rows, kernel, rows_per_expert, transposed)
+        exactly = precision is not None
+        return tpu_kernels.times(rows, kernel, rows_per_expert, exactly, transposed)
 
-    on_tpus = by_kernel if precision is None and tpu_kernels.can_multiply(rows) else in_places
+    on_tpus = by_kernel if tpu_kernels.can_multiply(rows) else in_places
     return jax.lax.platform_dependent(
         rows, kernel, rows_per_expert, tpu=on_tpus, cuda=in_places, default=in_loop
     )
