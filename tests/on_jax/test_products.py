@@ -1,10 +1,13 @@
 """Grouped products of each way that a device may choose, against one expert after the other."""
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
-from keras_moe.backend.jax import grouped_products, loops, places
+from keras_moe.backend.jax import grouped_products, loops, places, tpu_kernels
 
 N, M, D, F = 5, 40, 3, 2
 LOADS = {
@@ -26,11 +29,35 @@ def chosen(rows, kernel, counts):
     return grouped_products.multiply(rows, kernel, layout)
 
 
-WAYS = {"chosen": chosen, "in places": in_places}
+@jax.custom_vjp
+def by_kernels(rows, kernel, counts):
+    return tpu_kernels.times(rows, kernel, counts)
+
+
+def _gradients_by_kernels(saved, upstream):
+    rows, kernel, counts = saved
+    of_rows = tpu_kernels.times(upstream, kernel, counts, transposed=True)
+    return of_rows, tpu_kernels.gradient_of_kernel(rows, upstream, counts), None
+
+
+by_kernels.defvjp(lambda *inputs: (by_kernels(*inputs), inputs), _gradients_by_kernels)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels of TPUs, run by an interpreter of JAX."""
+    megablox = SimpleNamespace(
+        gmm=functools.partial(tpu_kernels.MEGABLOX.gmm, interpret=True),
+        tgmm=functools.partial(tpu_kernels.MEGABLOX.tgmm, interpret=True),
+    )
+    monkeypatch.setattr(tpu_kernels, "MEGABLOX", megablox)
+
+
+WAYS = {"chosen": chosen, "in places": in_places, "kernels of TPUs": by_kernels}
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_products_and_gradients(way):
+def test_products_and_gradients(way, interpreted):
     rng = np.random.default_rng(0)
     rows, kernel, upstream = (
         rng.normal(size=shape).astype("float32") for shape in ((M, D), (N, D, F), (M, F))
@@ -54,6 +81,31 @@ def test_products_and_gradients(way):
             np.testing.assert_allclose(received, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_vectorised_loops_go_through_the_kernels_of_tpus(interpreted):
+    rng = np.random.default_rng(2)
+    rows = rng.normal(size=(2, M, D)).astype("float32")
+    kernel = rng.normal(size=(N, D, F)).astype("float32")
+    counts = np.array([LOADS["uneven"], LOADS["even"]], "int32")
+    each = jax.jit(jax.vmap(tpu_kernels.times, (0, None, 0)))(rows, kernel, counts)
+    for i, load in enumerate(counts):
+        expert = np.repeat(np.arange(N), load)
+        wanted = np.zeros((M, F), "float32")
+        wanted[: len(expert)] = np.einsum("md,mdf->mf", rows[i, : len(expert)], kernel[expert])
+        np.testing.assert_allclose(each[i], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_of_tpus_are_exact_where_they_have_to_be(interpreted):
+    """By products of bfloat16 alone, which has 8 bits, all 24 bits of float32."""
+    rng = np.random.default_rng(3)
+    rows, kernel = (rng.normal(size=shape).astype("float32") for shape in ((M, 16), (N, 16, F)))
+    load = LOADS["even"]
+    counts = np.array(load, "int32")
+    wanted = np.einsum("md,mdf->mf", rows.astype("float64"), kernel[np.repeat(np.arange(N), load)])
+    exact = jax.jit(functools.partial(tpu_kernels.times, exactly=True))(rows, kernel, counts)
+    # 16 products of two numbers below 4: sums of a few units, of which float32 knows 2^-22.
+    np.testing.assert_allclose(exact, wanted, rtol=0, atol=2e-6)
+
+
 def test_a_whole_expert_in_places():
     """As on a GPU: laid out once, with parameters of each row's expert between the products."""
     rng = np.random.default_rng(1)
@@ -75,16 +127,34 @@ def test_a_whole_expert_in_places():
     np.testing.assert_allclose(call(rows, kernel, bias, counts), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mean", [8, 13, 64, 100, 500])
-def test_a_loop_computes_at_most_twice_the_rows(mean):
-    # Pieces of s places, s at most the mean load m: an expert with c rows leaves less than s places
-    # empty, all N less than N·s ≤ N·m, which is all rows again.
+@pytest.mark.parametrize("mean", [7, 8, 13, 64, 100, 500])
+def test_a_loop_computes_at_most_2_2_times_the_rows(mean):
+    # Pieces of s places, s at most 1.2 times the mean load m: an expert with c rows leaves less
+    # than s places empty, all N less than 1.2·N·m, beside the N·m that are taken.
     num_experts = 16
     size = loops.piece_size(mean * num_experts, num_experts)
+    assert size % 8 == 0 and size <= max(1.2 * mean, 8)
     rng = np.random.default_rng(0)
     for _ in range(20):
         load = rng.multinomial(mean * num_experts, rng.dirichlet(np.ones(num_experts)))
-        assert np.sum(-(-load // size) * size) <= 2 * mean * num_experts
+        assert np.sum(-(-load // size) * size) <= 2.2 * mean * num_experts
+
+
+@pytest.mark.parametrize("mean, size", [(64, 72), (128, 72), (256, 96), (1, 8)])
+def test_even_loads_leave_little_empty(mean, size):
+    # 1.2·64 = 76.8, and 8 divides 72. 1.2·128 = 153.6 are two pieces of 76.8; 1.2·256 = 307.2
+    # three of 102.4.
+    assert loops.piece_size(16 * mean, 16) == size
+
+
+@pytest.mark.parametrize("mean", [16, 40, 64, 1000])
+def test_kernels_of_tpus_compute_at_most_twice_the_rows(mean):
+    # Tiles of s rows, s at most the mean load m: N·m / s, and one visit more for each expert but
+    # the first that begins in the middle of one.
+    num_experts = 16
+    size = tpu_kernels.tile_size(mean * num_experts, num_experts)
+    tiles = -(-mean * num_experts // size)
+    assert (tiles + num_experts - 1) * size <= 2 * mean * num_experts
 
 
 def test_places_for_every_load():

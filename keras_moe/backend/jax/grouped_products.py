@@ -2,11 +2,14 @@
 
 How many rows each expert has depends on the data, and no shape may. Three ways to live with that:
 
-* On TPUs XLA has an instruction for it, `jax.lax.ragged_dot_general`, which computes the tiles of
-  rows that an expert has, and no others.
-* On GPUs that instruction multiplies all rows by the matrices of all experts (JAX 0.10 to 0.12), so
-  there rows are in places (`places.py`) from the first product of a bank to the last one.
+* On TPUs there are kernels that compute the tiles of rows that an expert has, and no others
+  (`tpu_kernels.py`).
+* On GPUs rows are in places (`places.py`) from the first product of a bank to the last one, and so
+  on TPUs for float16, which has no kernel.
 * Elsewhere a loop over pieces of an expert's rows (`loops.py`).
+
+`jax.lax.ragged_dot_general` says the same in one instruction. XLA computes it for GPUs, most TPUs
+and CPUs by multiplying all rows by the matrices of all experts (JAX 0.10 to 0.12).
 
 Which platform it is, is known when a traced function is lowered, and not before.
 """
@@ -16,15 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from keras_moe.backend.jax import loops, places
+from keras_moe.backend.jax import loops, places, tpu_kernels
 from keras_moe.backend.jax.gradients import with_gradient
 from keras_moe.backend.jax.indices import gather, index_range, run_of, tensor
 from keras_moe.backend.jax.recomputation import recomputed
-
-# Rows are the ragged dimension, of the first factor or, for gradients of matrices, of both.
-_ROWS = jax.lax.RaggedDotDimensionNumbers((([1], [1]), ([], [])), [0], [0])
-_TRANSPOSED = jax.lax.RaggedDotDimensionNumbers((([1], [2]), ([], [])), [0], [0])
-_MATRICES = jax.lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
 
 
 class Layout(NamedTuple):
@@ -155,13 +153,6 @@ def _outer_products(rows, upstream, rows_per_expert):
 def _times(rows, kernel, rows_per_expert, precision=None, transposed=False):
     """Each row times its expert's matrix, or the transposed one; zeros behind the last expert's."""
 
-    def ragged(rows, kernel, rows_per_expert):
-        numbers = _TRANSPOSED if transposed else _ROWS
-        kernel = kernel.astype(rows.dtype)
-        return jax.lax.ragged_dot_general(
-            rows, kernel, rows_per_expert, numbers, precision=precision
-        )
-
     def in_places(rows, kernel, rows_per_expert):
         kernel = jnp.swapaxes(kernel, 1, 2) if transposed else kernel
         there = places.make_places(rows_per_expert, rows.shape[0])
@@ -171,16 +162,18 @@ def _times(rows, kernel, rows_per_expert, precision=None, transposed=False):
     def in_loop(rows, kernel, rows_per_expert):
         return loops.times(rows, kernel, rows_per_expert, precision, transposed)
 
+    def by_kernel(rows, kernel, rows_per_expert):
+        exactly = precision is not None
+        return tpu_kernels.times(rows, kernel, rows_per_expert, exactly, transposed)
+
+    on_tpus = by_kernel if tpu_kernels.can_multiply(rows) else in_places
     return jax.lax.platform_dependent(
-        rows, kernel, rows_per_expert, tpu=ragged, cuda=in_places, default=in_loop
+        rows, kernel, rows_per_expert, tpu=on_tpus, cuda=in_places, default=in_loop
     )
 
 
 def _gradient_of_kernel(rows, upstream, rows_per_expert):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
-
-    def ragged(rows, upstream, rows_per_expert):
-        return jax.lax.ragged_dot_general(rows, upstream, rows_per_expert, _MATRICES)
 
     def in_places(rows, upstream, rows_per_expert):
         there = places.make_places(rows_per_expert, rows.shape[0])
@@ -191,7 +184,7 @@ def _gradient_of_kernel(rows, upstream, rows_per_expert):
         rows,
         upstream,
         rows_per_expert,
-        tpu=ragged,
+        tpu=tpu_kernels.gradient_of_kernel if tpu_kernels.can_multiply(rows) else in_places,
         cuda=in_places,
         default=loops.gradient_of_kernel,
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from keras_moe.backend.jax.indices import index_range, run_of
 
-_PLACES = 8, 128  # the fewest and the most of a piece
+_PLACES = 8, 128  # of a piece: a multiple of the first, at most the second
 _UNKNOWN = 64  # the places of a piece where a symbolic call doesn't know the number of rows
 
 
@@ -26,7 +26,7 @@ def times(rows, kernel, rows_per_expert, precision=None, transposed=False):
     number, width = rows.shape[0], kernel.shape[1 if transposed else 2]
     size = piece_size(number, kernel.shape[0])  # room for what the last piece has too much
     y = jnp.zeros((number + size, width), rows.dtype)
-    y = _over_pieces(turn, [rows], rows_per_expert, size, y)[:number]
+    y = _over_pieces(turn, _with_room([rows], size), rows_per_expert, size, y)[:number]
     behind = index_range(number) >= jnp.sum(rows_per_expert)
     return jnp.where(behind[:, None], jnp.zeros((), y.dtype), y)
 
@@ -35,51 +35,75 @@ def gradient_of_kernel(rows, upstream, rows_per_expert):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
     dtype = jnp.promote_types(rows.dtype, jnp.float32)  # of sums of several pieces
 
+    def product(pieces):
+        return jnp.matmul(pieces[0].T, pieces[1], preferred_element_type=dtype)
+
+    def first_turn(expert, sums):
+        begin = ends[expert] - rows_per_expert[expert]
+        mine = _piece(tables, begin, ends[expert], size)
+        return jax.lax.dynamic_update_index_in_dim(sums, product(mine), expert, 0)
+
     def turn(expert, first, pieces, sums):
-        product = jnp.matmul(pieces[0].T, pieces[1], preferred_element_type=dtype)
         before = jax.lax.dynamic_index_in_dim(sums, expert, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(sums, before + product, expert, 0)
+        sum_ = before + product(pieces)
+        return jax.lax.dynamic_update_index_in_dim(sums, sum_, expert, 0)
 
     number = rows_per_expert.shape[0]
+    size, ends = piece_size(rows.shape[0], number), jnp.cumsum(rows_per_expert)
+    tables = _with_room([rows, upstream], size)
     sums = jnp.zeros((number, rows.shape[1], upstream.shape[1]), dtype)
-    size = piece_size(rows.shape[0], number)
-    return _over_pieces(turn, [rows, upstream], rows_per_expert, size, sums).astype(rows.dtype)
+    # Most experts have one piece, whose product is written and not added to what has to be read.
+    sums = jax.lax.fori_loop(0, number, first_turn, sums)
+    sums = _over_pieces(turn, tables, rows_per_expert, size, sums, skipped=1)
+    return sums.astype(rows.dtype)
 
 
-def _over_pieces(turn, tables, rows_per_expert, size, start):
+def _with_room(tables, size):
+    """Tables with so many zeros behind them that a piece may begin at every row."""
+    return [jnp.pad(table, [(0, size), (0, 0)]) for table in tables]
+
+
+def _piece(tables, first, end, size):
+    """`size` rows of each table, zeros in place of those that aren't before `end`."""
+    own = (index_range(size) < end - first)[:, None]
+    pieces = [jax.lax.dynamic_slice_in_dim(table, first, size) for table in tables]
+    return [jnp.where(own, piece, jnp.zeros_like(piece)) for piece in pieces]
+
+
+def _over_pieces(turn, tables, rows_per_expert, size, start, skipped=0):
     """Takes turns at pieces of `size` rows, each of one expert's, zeros behind them.
 
     Args:
         turn: Called with the expert, the number of the first row, the piece of each table, and what
             the last turn returned.
-        tables: List of tensors [M, ...], sorted by expert.
+        tables: List of tensors [M + size, ...], sorted by expert.
         rows_per_expert: int32 [N].
         size: The places of a piece.
         start: What the first turn gets.
+        skipped: How many of each expert's pieces to leave out.
     """
-    tables = [jnp.pad(table, [(0, size), (0, 0)]) for table in tables]
     ends, pieces = jnp.cumsum(rows_per_expert), -(-rows_per_expert // size)
-    last = jnp.cumsum(pieces)
+    last = jnp.cumsum(jnp.maximum(pieces - skipped, 0))
 
     def body(i, so_far):
         expert = run_of(last, i)
-        first = ends[expert] - rows_per_expert[expert] + (i - last[expert] + pieces[expert]) * size
-        own = (index_range(size) < ends[expert] - first)[:, None]
-        mine = [jax.lax.dynamic_slice_in_dim(table, first, size) for table in tables]
-        mine = [jnp.where(own, piece, jnp.zeros_like(piece)) for piece in mine]
-        return turn(expert, first, mine, so_far)
+        nth = i - last[expert] + pieces[expert]
+        first = ends[expert] - rows_per_expert[expert] + nth * size
+        return turn(expert, first, _piece(tables, first, ends[expert], size), so_far)
 
     return jax.lax.fori_loop(0, last[-1], body, start)
 
 
 def piece_size(num_rows, num_experts):
-    """The power of two at the mean load or below, within limits.
+    """How many rows a piece has: so many that most experts have enough in as few as can be.
 
-    A smaller one would take more turns, a larger one leaves more places empty: less than a piece
-    for each expert, so that all pieces together have less than twice the rows where the mean is
-    within the limits.
+    A smaller one would take more turns, a larger one leaves more places empty. All pieces of an
+    expert have room for 1.2 times the mean load, where that is within the limits. So less than 1.2
+    times the rows are left empty, and all pieces together have less than 2.2 times the rows,
+    whatever the load.
     """
     if not isinstance(num_rows, int):
         return _UNKNOWN
     fewest, most = _PLACES
-    return min(max(1 << max((num_rows // num_experts).bit_length() - 1, 0), fewest), most)
+    room = 6 * num_rows // (5 * num_experts)
+    return max(room // max(-(-room // most), 1) // fewest * fewest, fewest)
