@@ -49,8 +49,8 @@ class _Search(NamedTuple):
     scores: Any  # float32 [B, W], of the best whole hypotheses
     ends: Any  # int32 [B, W], the steps that ended them
     parents: Any  # int32 [B, W], their places in the beam before that
-    ids_of_steps: Any  # int32 [steps, B, W], the `ids` of each
-    parents_of_steps: Any  # int32 [steps, B, W], the places that they continue
+    ids_of_steps: Any  # the `ids` of each step, as `_written` has them
+    parents_of_steps: Any  # the places that they continue
 
 
 def beam_search(
@@ -195,7 +195,7 @@ def beam_search(
 
     # All hypotheses of a source begin alike: the others would be copies of the first.
     nothing = ops.full((size, beam_width), NEVER, "float32")
-    no_steps = ops.zeros((max_steps, size, beam_width), "int32")
+    no_steps = ops.zeros((max_steps, size * beam_width + 1), "int32")
     search = _Search(
         step=ops.convert_to_tensor(0, "int32"),
         ids=ops.repeat(start_ids[:, None], beam_width, axis=1),
@@ -249,24 +249,32 @@ def _trace_back(search, place, ends, end_id):
         i -= 1
         going_on = i < ends
         last = ops.where(i == ends, end_id, 0)
-        word = _take(indices.gather(search.ids_of_steps, i), place)
-        parent = _take(indices.gather(search.parents_of_steps, i), place)
+        word = _take(_read(search.ids_of_steps, i, place), place)
+        parent = _take(_read(search.parents_of_steps, i, place), place)
         ids = _written(ids, i, ops.where(going_on, word, last))
         return i, ops.where(going_on, parent, place), ids
 
     start = (search.step, place, ops.zeros_like(search.ids_of_steps))
     _, _, ids = ops.while_loop(lambda i, *_: i > 0, step, start)
-    return ops.transpose(ids[: indices.largest(search.step)], (1, 2, 0))
+    ids = ops.transpose(ids[: indices.largest(search.step), :-1])
+    return ops.reshape(ids, (*ops.shape(place), ops.shape(ids)[-1]))
 
 
 def _take(part, places):
     """Entries of [B, W, ...] at places [B, W']."""
-    size, (width, *others) = ops.shape(places)[0], ops.shape(part)[1:]
+    (size, number), (width, *others) = ops.shape(places), ops.shape(part)[1:]
     first = width * ops.arange(size, dtype="int32")
     rows = ops.reshape(part, (size * width, *others))
-    return indices.gather(rows, first[:, None] + places)
+    taken = indices.gather(rows, ops.reshape(first[:, None] + places, (size * number,)))
+    return ops.reshape(taken, (size, number, *others))
 
 
 def _written(steps, step, part):
-    """Steps [L, B, W] with [B, W] as one of them."""
-    return ops.scatter_update(steps, ops.reshape(step, (1, 1)), part[None])
+    """Steps [L, B·W + 1], never empty, which TensorFlow does not write into; [B, W] is now one."""
+    row = ops.pad(ops.reshape(part, (ops.size(part),)), [(0, 1)])
+    return ops.scatter_update(steps, ops.reshape(step, (1, 1)), row[None])
+
+
+def _read(steps, step, like):
+    """One of those steps, in the shape of another."""
+    return ops.reshape(indices.gather(steps, step)[:-1], ops.shape(like))
