@@ -1,6 +1,9 @@
-"""Variables that have other values for a while, within a function that is traced."""
+"""Variables that have other values for a while, or none at all."""
+
+import contextlib
 
 import keras
+from keras.src.backend.common import global_state
 
 
 class Given(keras.StatelessScope):
@@ -21,3 +24,18 @@ class Given(keras.StatelessScope):
         if value is None and self.original_scope is not None:
             return self.original_scope.get_current_value(variable)
         return value
+
+
+@contextlib.contextmanager
+def without_values():
+    """Inside, variables are made that have shapes alone: they take no memory, and never will.
+
+    Keras has them wait for their values in a list, which is private (checked with Keras 3.15).
+    """
+    waiting = global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True)
+    number = len(waiting)
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        del waiting[number:]

@@ -6,10 +6,12 @@ longest hypothesis.
 
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
+from keras import ops
 
 from keras_moe.arguments import check_size, check_weight
-from keras_moe.backend.requirements import need_tensorflow
+from keras_moe.backend import indices
 
 # The log-probability of what is none: finite, as `tf.debugging.enable_check_numerics` stops at
 # infinity, and so that two of them can be added.
@@ -47,8 +49,8 @@ class _Search(NamedTuple):
     scores: Any  # float32 [B, W], of the best whole hypotheses
     ends: Any  # int32 [B, W], the steps that ended them
     parents: Any  # int32 [B, W], their places in the beam before that
-    ids_of_steps: Any  # TensorArray of `ids`
-    parents_of_steps: Any  # TensorArray of int32 [B, W], the places that they continue
+    ids_of_steps: Any  # the `ids` of each step, as `_written` has them
+    parents_of_steps: Any  # the places that they continue
 
 
 def beam_search(
@@ -62,6 +64,7 @@ def beam_search(
     length_penalty=0.6,
     coverage_penalty=0.2,
     source_mask=None,
+    max_steps=None,
 ):
     """Looks for the hypotheses Y with the best scores s(Y, X) for each source X.
 
@@ -80,9 +83,9 @@ def beam_search(
     Example:
     ```python
     def step(ids, state):  # a language of pairs of words
-        return tf.gather(log_probs, ids), state, None
+        return ops.take(log_probs, ids, axis=0), state, None
 
-    start = tf.fill([batch_size], end_id)
+    start = ops.full((batch_size,), end_id)
     found = beam_search(step, (), start, end_id=end_id, max_length=10, coverage_penalty=0.0)
     ```
 
@@ -101,163 +104,177 @@ def beam_search(
         length_penalty: α, not negative; 0 compares the log-probabilities as they are.
         coverage_penalty: β, not negative.
         source_mask: Boolean tensor [B, S], `False` for what isn't part of the source.
+        max_steps: Integer or scalar, the most steps of the search, for all sources. Default: the
+            largest `max_length`. Where JAX compiles the search, and `max_length` is no integer, it
+            has to be given: results have this many places for words there.
 
     Returns:
         `Hypotheses`.
 
     Raises:
-        ValueError: If `beam_width` is not an integer of at least 1, a penalty negative, or there
-            is a coverage penalty without `source_mask`.
+        ValueError: If `beam_width` is not an integer of at least 1, a penalty negative, there is a
+            coverage penalty without `source_mask`, or the most steps are not known where they have
+            to be.
     """
-    need_tensorflow("Beam search", "Translate where KERAS_BACKEND=tensorflow.")
-    import tensorflow as tf
-
     check_size("beam_width", beam_width)
     alpha = check_weight("length_penalty", length_penalty)
     beta = check_weight("coverage_penalty", coverage_penalty)
-    if isinstance(max_length, int):
-        check_size("max_length", max_length)
+    for name, most in {"max_length": max_length, "max_steps": max_steps}.items():
+        if isinstance(most, int):
+            check_size(name, most)
     if beta and source_mask is None:
         raise ValueError(
             "The coverage penalty needs `source_mask`; without, set `coverage_penalty=0.0`. "
             f"Received: coverage_penalty={coverage_penalty}"
         )
-    start_ids, end_id = tf.cast(start_ids, tf.int32), tf.cast(end_id, tf.int32)
-    size = tf.shape(start_ids)[0]
-    max_length = tf.broadcast_to(tf.cast(max_length, tf.int32), [size])
-    mask = (
-        tf.zeros([size, 0], tf.bool) if source_mask is None else tf.convert_to_tensor(source_mask)
-    )
-    beam = tf.broadcast_to(tf.range(beam_width), [size, beam_width])
+    if max_steps is None:
+        max_steps = _largest(max_length)
+    start_ids, end_id = ops.cast(start_ids, "int32"), ops.cast(end_id, "int32")
+    size = ops.shape(start_ids)[0]
+    max_length = ops.broadcast_to(ops.cast(max_length, "int32"), (size,))
+    max_length = ops.minimum(max_length, max_steps)
+    if source_mask is None:
+        mask = ops.zeros((size, 0), "bool")
+    else:
+        mask = ops.cast(source_mask, "bool")
+    beam = ops.broadcast_to(ops.arange(beam_width, dtype="int32"), (size, beam_width))
 
     def score(log_probs, lengths, coverage):
-        normalisation = ((5.0 + tf.cast(lengths, tf.float32)) / 6.0) ** alpha
-        covered = tf.math.log(tf.clip_by_value(coverage, _LEAST_COVERAGE, 1.0))
-        penalty = tf.reduce_sum(tf.where(mask[:, None], covered, 0.0), axis=-1)
-        return tf.where(log_probs > NEVER, log_probs / normalisation + beta * penalty, NEVER)
+        normalisation = ((5.0 + ops.cast(lengths, "float32")) / 6.0) ** alpha
+        covered = ops.log(ops.clip(coverage, _LEAST_COVERAGE, 1.0))
+        penalty = ops.sum(ops.where(mask[:, None], covered, 0.0), axis=-1)
+        return ops.where(log_probs > NEVER, log_probs / normalisation + beta * penalty, NEVER)
 
     def go_on(search):
         log_probs, state, attention = step(search.ids, search.state)
-        num_words = tf.shape(log_probs)[-1]
-        log_probs = search.log_probs[..., None] + tf.cast(log_probs, tf.float32)
+        num_words = ops.shape(log_probs)[-1]
+        log_probs = search.log_probs[..., None] + ops.cast(log_probs, "float32")
         # Twice as many as go on: up to W of them end.
-        log_probs, candidates = tf.math.top_k(
-            tf.reshape(log_probs, [size, beam_width * num_words]),
-            tf.minimum(2, num_words) * beam_width,
+        log_probs, candidates = ops.top_k(
+            ops.reshape(log_probs, (size, beam_width * num_words)),
+            indices.at_most(2, num_words) * beam_width,
         )
-        log_probs = tf.maximum(log_probs, NEVER)  # as many as there have been
+        log_probs = ops.maximum(log_probs, NEVER)  # as many as there have been
         parents, ids = candidates // num_words, candidates % num_words
         coverage = search.coverage
         if source_mask is not None:
-            coverage += tf.cast(attention, tf.float32)
+            coverage += ops.cast(attention, "float32")
 
         first = [part[:, :beam_width] for part in (log_probs, ids, parents)]
         ended = (first[1] == end_id) & (first[0] > NEVER) & ~search.done[:, None]
         new_scores = score(first[0], search.step + 1, _take(coverage, first[2]))
-        new_scores = tf.where(ended, new_scores, NEVER)
-        scores, best = tf.math.top_k(tf.concat([search.scores, new_scores], axis=1), beam_width)
-        ends = tf.concat([search.ends, tf.fill(tf.shape(beam), search.step)], axis=1)
-        ending_parents = tf.concat([search.parents, first[2]], axis=1)
-        num_finished = search.num_finished + tf.reduce_sum(tf.cast(ended, tf.int32), axis=1)
+        new_scores = ops.where(ended, new_scores, NEVER)
+        new_scores = ops.concatenate([search.scores, new_scores], axis=1)
+        scores, best = ops.top_k(new_scores, beam_width)
+        now = ops.broadcast_to(search.step, (size, beam_width))
+        ends = ops.concatenate([search.ends, now], axis=1)
+        ending_parents = ops.concatenate([search.parents, first[2]], axis=1)
+        num_finished = search.num_finished + ops.sum(ops.cast(ended, "int32"), axis=1)
 
-        log_probs = tf.where(ids == end_id, NEVER, log_probs)
-        log_probs, best_alive = tf.math.top_k(log_probs, beam_width)
+        log_probs = ops.where(ids == end_id, NEVER, log_probs)
+        log_probs, best_alive = ops.top_k(log_probs, beam_width)
         # Where a source was done before, everything stays as it is.
         was_done = search.done[:, None]
-        parents = tf.where(was_done, beam, _take(parents, best_alive))
-        ids = tf.where(was_done, 0, _take(ids, best_alive))
+        parents = ops.where(was_done, beam, _take(parents, best_alive))
+        ids = ops.where(was_done, 0, _take(ids, best_alive))
         full = search.step + 1 >= max_length
         return _Search(
             step=search.step + 1,
             ids=ids,
-            log_probs=tf.where(was_done, search.log_probs, log_probs),
-            state=tf.nest.map_structure(lambda part: _take(part, parents), state),
-            coverage=tf.where(was_done[..., None], search.coverage, _take(coverage, parents)),
+            log_probs=ops.where(was_done, search.log_probs, log_probs),
+            state=keras.tree.map_structure(lambda part: _take(part, parents), state),
+            coverage=ops.where(was_done[..., None], search.coverage, _take(coverage, parents)),
             done=search.done | full | (num_finished >= beam_width),
             num_finished=num_finished,
             scores=scores,
             ends=_take(ends, best),
             parents=_take(ending_parents, best),
-            ids_of_steps=search.ids_of_steps.write(search.step, ids),
-            parents_of_steps=search.parents_of_steps.write(search.step, parents),
+            ids_of_steps=_written(search.ids_of_steps, search.step, ids),
+            parents_of_steps=_written(search.parents_of_steps, search.step, parents),
         )
 
     # All hypotheses of a source begin alike: the others would be copies of the first.
-    nothing = tf.fill([size, beam_width], NEVER)
+    nothing = ops.full((size, beam_width), NEVER, "float32")
+    no_steps = ops.zeros((max_steps, size * beam_width + 1), "int32")
     search = _Search(
-        step=tf.constant(0),
-        ids=tf.repeat(start_ids[:, None], beam_width, axis=1),
-        log_probs=tf.where(beam == 0, 0.0, nothing),
-        state=tf.nest.map_structure(lambda part: tf.repeat(part, beam_width, axis=1), state),
-        coverage=tf.zeros([size, beam_width, tf.shape(mask)[1]]),
-        done=tf.fill([size], False),
-        num_finished=tf.zeros([size], tf.int32),
+        step=ops.convert_to_tensor(0, "int32"),
+        ids=ops.repeat(start_ids[:, None], beam_width, axis=1),
+        log_probs=ops.where(beam == 0, 0.0, nothing),
+        state=keras.tree.map_structure(lambda part: ops.repeat(part, beam_width, axis=1), state),
+        coverage=ops.zeros((size, beam_width, ops.shape(mask)[1]), "float32"),
+        done=ops.zeros((size,), "bool"),
+        num_finished=ops.zeros((size,), "int32"),
         scores=nothing,
-        ends=tf.zeros_like(beam),
+        ends=ops.zeros_like(beam),
         parents=beam,
-        ids_of_steps=_steps_of(beam_width),
-        parents_of_steps=_steps_of(beam_width),
+        ids_of_steps=no_steps,
+        parents_of_steps=no_steps,
     )
-    (search,) = tf.while_loop(
-        lambda search: (search.step == 0) | ~tf.reduce_all(search.done),
+    (search,) = ops.while_loop(
+        lambda search: (search.step == 0) | ~ops.all(search.done),
         lambda search: (go_on(search),),
         [search],
-        shape_invariants=[tf.nest.map_structure(_any_batch, search)],
     )
 
     # Whole hypotheses first, then those that go on.
-    lengths = tf.minimum(search.step, max_length)[:, None]
-    rest, order = tf.math.top_k(score(search.log_probs, lengths, search.coverage), beam_width)
-    num_finished = tf.minimum(search.num_finished, beam_width)[:, None]
-    place = tf.where(beam < num_finished, beam, beam_width + beam - num_finished)
-    scores = _take(tf.concat([search.scores, rest], axis=1), place)
+    lengths = ops.minimum(search.step, max_length)[:, None]
+    rest, order = ops.top_k(score(search.log_probs, lengths, search.coverage), beam_width)
+    num_finished = ops.minimum(search.num_finished, beam_width)[:, None]
+    place = ops.where(beam < num_finished, beam, beam_width + beam - num_finished)
+    scores = _take(ops.concatenate([search.scores, rest], axis=1), place)
     found = scores > NEVER
-    never = tf.fill(tf.shape(beam), search.step)
-    ends = _take(tf.concat([search.ends, never], axis=1), place)
-    lengths = tf.where(beam < num_finished, ends + 1, lengths)
-    lengths = tf.where(found, lengths, 0)
-    place = _take(tf.concat([search.parents, order], axis=1), place)
+    never = ops.broadcast_to(search.step, (size, beam_width))
+    ends = _take(ops.concatenate([search.ends, never], axis=1), place)
+    lengths = ops.where(beam < num_finished, ends + 1, lengths)
+    lengths = ops.where(found, lengths, 0)
+    place = _take(ops.concatenate([search.parents, order], axis=1), place)
     ids = _trace_back(search, place, ends, end_id)
-    return Hypotheses(tf.where(found[..., None], ids, 0), lengths, scores)
+    return Hypotheses(ops.where(found[..., None], ids, 0), lengths, scores)
+
+
+def _largest(max_length):
+    largest = indices.largest(max_length)
+    if largest is None:
+        raise ValueError(
+            "Where JAX compiles the search, the most steps have to be known: give `max_steps`, or "
+            f"an integer as `max_length`. Received: max_length={max_length!r}, max_steps=None"
+        )
+    return largest
 
 
 def _trace_back(search, place, ends, end_id):
     """The words [B, W, L] of hypotheses whose last but the end have these places in the beam."""
-    import tensorflow as tf
 
     def step(i, place, ids):
         i -= 1
         going_on = i < ends
-        last = tf.where(i == ends, end_id, 0)
-        word = tf.where(going_on, _take(search.ids_of_steps.read(i), place), last)
-        place = tf.where(going_on, _take(search.parents_of_steps.read(i), place), place)
-        return i, place, ids.write(i, word)
+        last = ops.where(i == ends, end_id, 0)
+        word = _take(_read(search.ids_of_steps, i, place), place)
+        parent = _take(_read(search.parents_of_steps, i, place), place)
+        ids = _written(ids, i, ops.where(going_on, word, last))
+        return i, ops.where(going_on, parent, place), ids
 
-    ids = tf.TensorArray(tf.int32, search.step, element_shape=place.shape)
-    _, _, ids = tf.while_loop(lambda i, *_: i > 0, step, (search.step, place, ids))
-    return tf.transpose(ids.stack(), [1, 2, 0])
+    start = (search.step, place, ops.zeros_like(search.ids_of_steps))
+    _, _, ids = ops.while_loop(lambda i, *_: i > 0, step, start)
+    ids = ops.transpose(ids[: indices.largest(search.step), :-1])
+    return ops.reshape(ids, (*ops.shape(place), ops.shape(ids)[-1]))
 
 
 def _take(part, places):
     """Entries of [B, W, ...] at places [B, W']."""
-    import tensorflow as tf
-
-    return tf.gather(part, places, batch_dims=1)
-
-
-def _steps_of(beam_width):
-    """An array that grows with the steps, of int32 [B, W]."""
-    import tensorflow as tf
-
-    return tf.TensorArray(
-        tf.int32, 0, dynamic_size=True, clear_after_read=False, element_shape=[None, beam_width]
-    )
+    (size, number), (width, *others) = ops.shape(places), ops.shape(part)[1:]
+    first = width * ops.arange(size, dtype="int32")
+    rows = ops.reshape(part, (size * width, *others))
+    taken = indices.gather(rows, ops.reshape(first[:, None] + places, (size * number,)))
+    return ops.reshape(taken, (size, number, *others))
 
 
-def _any_batch(part):
-    """The shape of a part in every step: B may be known before the first alone."""
-    import tensorflow as tf
+def _written(steps, step, part):
+    """Steps [L, B·W + 1], never empty, which TensorFlow does not write into; [B, W] is now one."""
+    row = ops.pad(ops.reshape(part, (ops.size(part),)), [(0, 1)])
+    return ops.scatter_update(steps, ops.reshape(step, (1, 1)), row[None])
 
-    if isinstance(part, tf.TensorArray):
-        return tf.TensorShape(None)
-    return tf.TensorShape([None, *part.shape[1:]][: part.shape.rank])
+
+def _read(steps, step, like):
+    """One of those steps, in the shape of another."""
+    return ops.reshape(indices.gather(steps, step)[:-1], ops.shape(like))

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from keras_moe.backend import compilation
+from keras_moe.backend.given import without_values
 from keras_moe.mixture.sparse_moe import SparseMoE
 from keras_moe.models.language_model import LanguageModel
 from keras_moe.models.translation_model import TranslationModel
@@ -55,12 +55,8 @@ def footprint(model):
         ValueError: If `model` is a model that is not built, or no preset has that name.
     """
     if not isinstance(model, (LanguageModel, TranslationModel)):
-        with compilation.without_values():
-            if isinstance(model, TranslationPreset):
-                model = TranslationModel.from_preset(model, VOCABULARY_SIZE)
-            else:
-                model = LanguageModel.from_preset(model, vocabulary_size=1)
-            _build(model)
+        with without_values():
+            model = _built(model)
     elif not model.built:
         raise ValueError(
             f"`model` must be built, as by its first call, to have something to count. "
@@ -74,13 +70,19 @@ def footprint(model):
     )
 
 
-def _build(model):
+def _built(preset):
+    """The model of a preset."""
+    if isinstance(preset, TranslationPreset):
+        model = TranslationModel.from_preset(preset, VOCABULARY_SIZE)
+    else:
+        model = LanguageModel.from_preset(preset, vocabulary_size=1)
     for layer in model.counted_layers:
         if isinstance(layer, SparseMoE):
             # By their `build`: a symbolic call would multiply by what has no shape.
             for part in (layer.gating, layer.experts):
                 part.build((None, model.width))
     model.build((None, None))
+    return model
 
 
 def _operations(layer):

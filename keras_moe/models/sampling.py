@@ -1,9 +1,11 @@
 """Text from a trained language model, word by word."""
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_moe.arguments import check_positive, check_size
+from keras_moe.backend import STATIC_SHAPES
 
 
 def generate(
@@ -55,12 +57,22 @@ def generate(
     for position in range(lengths.min(initial=1), tokens.shape[1]):
         if np.all(position >= ends):
             break
-        logits = ops.convert_to_numpy(model(tokens[:, :position]))[:, -1]
+        logits = _of_next_words(model, tokens, position)
         drawn = _draw(logits, excluded, temperature, top_k, random)
         drawing = (lengths <= position) & (position < ends)
         tokens[drawing, position] = drawn[drawing]
         ends[drawing & (drawn == eos_id)] = position
     return [row[1:end].tolist() for row, end in zip(tokens, ends, strict=True)]
+
+
+def _of_next_words(model, tokens, position):
+    """What the model says of the words [B] behind the first ones of each row."""
+    length = position
+    if STATIC_SHAPES:  # Each length is compiled: powers of two, as later words change nothing.
+        length = 1 << (position - 1).bit_length()
+        tokens = np.pad(tokens, [(0, 0), (0, length)], mode="edge")
+        model = model.predict_on_batch if isinstance(model, keras.Model) else model
+    return ops.convert_to_numpy(model(tokens[:, :length]))[:, position - 1]
 
 
 def _draw(logits, excluded, temperature, top_k, random):

@@ -1,12 +1,14 @@
 """The paper's translation model: an encoder and a decoder with a mixture of experts each."""
 
+import functools
+
 import keras
-from keras import ops
 
 from keras_moe.arguments import as_sizes, check_size
+from keras_moe.backend import compilation
 from keras_moe.layers import AttentionLSTM, ProjectedLSTM
-from keras_moe.models.beam_search import NEVER, beam_search
 from keras_moe.models.presets import get_preset
+from keras_moe.models.translating import translate
 from keras_moe.models.translation_presets import TRANSLATION_PRESETS
 from keras_moe.models.word_model import WordModel
 from keras_moe.models.words import PADDING_ID, as_ids
@@ -219,12 +221,8 @@ class TranslationModel(WordModel):
     def translate(self, source, end_id, *, max_length=None, excluded=(), **options):
         """Translates by `beam_search`, each source as if it were alone.
 
-        It runs in a graph as well, as a signature of `export_saved_model` is one, and faster:
-
-        ```python
-        translate = tf.function(functools.partial(model.translate, end_id=2))
-        ids = translate(source).ids[:, 0]  # the best translations
-        ```
+        It runs in a graph as well, as a signature of `export_saved_model` is one, and faster: see
+        `make_translate_function`.
 
         Args:
             source: Ids [B, S] of any type, padded with 0.
@@ -232,34 +230,33 @@ class TranslationModel(WordModel):
             max_length: Integer or tensor [B]: the most words of a translation, the end counted.
                 Default: twice as many as the source has, and ten.
             excluded: Ids that are never taken, as that of unknown words; padding never is.
-            **options: `beam_width`, `length_penalty` and `coverage_penalty` of `beam_search`.
+            **options: `beam_width`, `length_penalty`, `coverage_penalty` and `max_steps` of
+                `beam_search`.
 
         Returns:
             `Hypotheses`: `ids` int32 [B, W, L], `lengths` [B, W] and `scores` [B, W], for each
             source the best first.
         """
-        source = as_ids(source)
-        mask = source != PADDING_ID
-        memory = self.attention_lstm.attention.remember(self.encode(source), mask)
-        if max_length is None:
-            max_length = 2 * ops.sum(ops.cast(mask, "int32"), axis=1) + 10
-        never = ops.one_hot(as_ids([PADDING_ID, *excluded]), self.vocabulary_size, dtype="bool")
-        never = ops.any(never, axis=0)
+        return translate(self, source, end_id, max_length, excluded, **options)
 
-        def step(ids, states):
-            log_probs, states, attention = self.step(ids, states, memory)
-            log_probs = ops.where(never, NEVER, ops.cast(log_probs, "float32"))
-            return log_probs, states, attention
+    def make_translate_function(self, end_id, **options):
+        """Compiles `translate` for sources of any size.
 
-        size = ops.shape(source)[0]
-        states = [self.attention_lstm.initial_states(size, 1)]
-        for lstm in self.decoder_lstms:
-            states.append(
-                [ops.zeros((size, 1, units), self.compute_dtype) for units in lstm.cell.state_size]
-            )
-        start = ops.full((size,), end_id, "int32")
-        options = {"end_id": end_id, "max_length": max_length, "source_mask": mask, **options}
-        return beam_search(step, states, start, **options)
+        ```python
+        translate = model.make_translate_function(end_id=2, beam_width=4)
+        ids = translate(source).ids[:, 0]  # the best translations
+        ```
+
+        Args:
+            end_id: As in `translate`.
+            **options: The other arguments of `translate`.
+
+        Returns:
+            Function of `source`, which reads the weights as they are when it is called. On Keras'
+            JAX backend each size [B, S] is compiled by itself, and L is the most words there are.
+        """
+        function = functools.partial(self.translate, end_id=end_id, **options)
+        return compilation.compiled_reading(self, function)
 
     def get_config(self):
         return {

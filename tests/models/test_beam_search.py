@@ -2,9 +2,11 @@
 
 import functools
 
+import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
+from keras.ops import convert_to_numpy as numpy
 from reference_beam_search import beam_search as reference
 from reference_beam_search import every_hypothesis
 
@@ -34,20 +36,28 @@ def language():
 
 @functools.cache
 def graph(**options):
-    """Beam search in a graph that knows no sizes but the width."""
+    """Beam search in a graph that knows no sizes but the width; with JAX, all of them."""
 
     def run(log_probs, attention, start, mask, max_length):
         def step(ids, state):
             (code,) = state
             # The code of what stands before the first word is 1.
-            code = tf.where(ids == -1, 1, code * VOCABULARY + ids)
-            known = tf.minimum(code, CODES - 1)
-            rows = [tf.gather(table, known, batch_dims=1) for table in (log_probs, attention)]
+            code = ops.where(ids == -1, 1, code * VOCABULARY + ids)
+            known = ops.minimum(code, CODES - 1)[..., None]
+            rows = [ops.take_along_axis(table, known, axis=1) for table in (log_probs, attention)]
             return rows[0], (code,), rows[1]
 
-        state = (tf.zeros([tf.shape(start)[0], 1], tf.int32),)
+        state = (ops.zeros((ops.shape(start)[0], 1), "int32"),)
         arguments = {"end_id": END, "max_length": max_length, "source_mask": mask}
+        if keras.config.backend() == "jax":
+            arguments["max_steps"] = MAX_LENGTH
         return beam_search(step, state, start, **arguments, **options)
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.jit(run)
+    import tensorflow as tf
 
     signature = [
         tf.TensorSpec([None, None, None]),
@@ -60,10 +70,10 @@ def graph(**options):
 
 
 def search(language, rows=slice(None), max_length=None, **options):
-    tables = [tf.constant(table[rows], tf.float32) for table in language]
+    tables = [table[rows].astype("float32") for table in language]
     size = len(tables[0])
     max_length = np.full(size, MAX_LENGTH) if max_length is None else max_length
-    arguments = (tf.fill([size], -1), tf.constant(MASK[rows]), tf.constant(max_length, tf.int32))
+    arguments = (np.full(size, -1, "int32"), MASK[rows], max_length.astype("int32"))
     return graph(**options)(*tables, *arguments)
 
 
@@ -81,7 +91,7 @@ def following(language, source):
 
 def as_pairs(found, row):
     """The hypotheses for a source as pairs of words and score."""
-    parts = list(zip(*(part[row].numpy() for part in found), strict=True))
+    parts = list(zip(*(numpy(part)[row] for part in found), strict=True))
     assert all(np.all(ids[length:] == PADDING) for ids, length, _ in parts)
     return [(tuple(ids[:length]), score) for ids, length, score in parts if length]
 
@@ -151,20 +161,22 @@ def test_all_steps_are_alike_and_none_is_made_once_all_sources_are_done(chance_o
     chances = [1e-9, chance_of_the_end, 1 - chance_of_the_end]
     shapes = []
 
-    def step(ids, count):  # Eagerly each step is a call.
-        shapes.append((ids.shape, count.shape))
-        return tf.math.log([[chances]]), count + 1, None
+    def step(ids, count):  # Eagerly each step is a call, but not with JAX.
+        shapes.append((tuple(ids.shape), tuple(count.shape)))
+        return ops.log(ops.convert_to_tensor([[chances]])), count + 1, None
 
     found = beam_search(
         step,
-        tf.zeros([1, 1], tf.int32),
+        ops.zeros((1, 1), "int32"),
         [END],
         end_id=END,
         max_length=7,
         beam_width=1,
         coverage_penalty=0.0,
     )
-    assert shapes == [((1, 1), (1, 1))] * steps
+    assert set(shapes) == {((1, 1), (1, 1))}
+    if keras.config.backend() == "tensorflow":
+        assert len(shapes) == steps
     assert found.ids.shape == (1, 1, steps)
 
 
@@ -175,7 +187,13 @@ def test_no_sources_have_no_hypotheses(language):
 
 @pytest.mark.parametrize(
     "options",
-    [{"beam_width": 0}, {"length_penalty": -1.0}, {"coverage_penalty": -0.5}, {"max_length": 0}],
+    [
+        {"beam_width": 0},
+        {"length_penalty": -1.0},
+        {"coverage_penalty": -0.5},
+        {"max_length": 0},
+        {"max_steps": 0},
+    ],
     ids=str,
 )
 def test_bad_arguments_are_refused(options):
@@ -187,3 +205,25 @@ def test_bad_arguments_are_refused(options):
 def test_a_coverage_penalty_needs_to_know_the_source():
     with pytest.raises(ValueError, match="needs `source_mask`.*Received: coverage_penalty=0.2"):
         beam_search(None, (), [END], end_id=END, max_length=3)
+
+
+def test_no_search_takes_more_steps_than_it_is_given(language):
+    bounded = search(language, beam_width=2, max_length=np.full(SOURCES, 3))
+    options = {"end_id": END, "coverage_penalty": 0.0, "beam_width": 2}
+    log_probs = ops.log(ops.convert_to_tensor([[[0.0, 0.0, 0.6, 0.4]]]))  # never an end
+    step = lambda ids, state: (ops.repeat(log_probs, 2, axis=1), state, None)  # noqa: E731
+    found = beam_search(step, (), [END, END], max_length=[7, 2], max_steps=3, **options)
+    assert numpy(found.lengths).tolist() == [[3, 3], [2, 2]]
+    assert numpy(bounded.lengths).max() == 3
+
+
+def test_a_compiled_search_of_jax_has_to_know_the_most_steps():
+    if keras.config.backend() == "tensorflow":
+        pytest.skip("a graph of TensorFlow grows as it runs")
+    import jax
+
+    def run(most):
+        return beam_search(None, (), [END], end_id=END, max_length=most, coverage_penalty=0.0)
+
+    with pytest.raises(ValueError, match="give `max_steps`, or an integer as `max_length`.*Rec"):
+        jax.jit(run)(np.array([3]))

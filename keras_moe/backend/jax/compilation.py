@@ -6,9 +6,19 @@ import jax
 import keras
 
 from keras_moe.backend.jax import layouts
-from keras_moe.backend.requirements import need_tensorflow
 
 compiled = jax.jit
+
+
+def compiled_reading(layer, function):
+    """The same of a function that reads a layer's variables: at each call those of that time."""
+
+    @jax.jit
+    def with_values(values, *tensors):
+        with keras.StatelessScope(zip(layer.variables, values, strict=True)):
+            return function(*tensors)
+
+    return lambda *tensors: with_values([v.value for v in layer.variables], *tensors)
 
 
 def beside(variable):
@@ -22,11 +32,3 @@ def layout_of(variable, axes):
         return None
     layout = layouts.layout_of(variable)
     return keras.distribution.TensorLayout([layout.axes[i] for i in axes], layout.device_mesh)
-
-
-def without_values():
-    """Inside, variables are made without their values: there is no way."""
-    need_tensorflow(
-        "The footprint of a preset by its name",
-        "Give it a model that is made, or set KERAS_BACKEND=tensorflow.",
-    )

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from keras import ops
 
 INDEX = "int32"  # of numbers of examples, rows and experts that are computed with
@@ -37,6 +38,13 @@ def at_least(least, size):
 def at_most(most, size):
     """The smaller of two sizes."""
     return min(most, size) if isinstance(size, int) else jax.core.min_dim(most, size)
+
+
+def largest(sizes):
+    """The largest of some sizes, as a size of at least 1; `None` while it is not yet known."""
+    if any(isinstance(size, jax.core.Tracer) for size in jax.tree.leaves(sizes)):
+        return None
+    return int(np.max(sizes, initial=1))
 
 
 def run_of(ends, place):

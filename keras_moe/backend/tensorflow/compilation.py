@@ -9,6 +9,14 @@ def compiled(function):
     return tf.function(function, jit_compile=True, autograph=False)
 
 
+def compiled_reading(layer, function):
+    """The same of a function that reads a layer's variables: at each call those of that time.
+
+    It takes tensors of any sizes.
+    """
+    return tf.function(function, reduce_retracing=True, autograph=False)
+
+
 def beside(variable):
     """Inside, variables are held where another one is, so in shards where that one is."""
     held = variable.value if isinstance(variable, keras.Variable) else variable
@@ -17,13 +25,3 @@ def beside(variable):
 
 def layout_of(variable, axes):
     """Nothing: `beside` tells where a variable is."""
-
-
-def without_values():
-    """Inside, variables are made of no size, of any shape: Keras knows the shape it asked for."""
-
-    def create(next_creator, **kwargs):
-        empty = {"initial_value": tf.zeros([0], kwargs["dtype"]), "shape": tf.TensorShape(None)}
-        return next_creator(**{**kwargs, **empty})
-
-    return tf.variable_creator_scope(create)

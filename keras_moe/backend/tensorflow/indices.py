@@ -40,6 +40,11 @@ def at_most(most, size):
     return min(most, size) if isinstance(size, int) else tf.minimum(most, size)
 
 
+def largest(sizes):
+    """The largest of some sizes, an integer or a tensor, as a size of at least 1."""
+    return at_least(1, sizes if isinstance(sizes, int) else tf.reduce_max(tf.cast(sizes, tf.int32)))
+
+
 def run_of(ends, place):
     """Of consecutive runs the one that each place is in; their number where it is in none.
 
