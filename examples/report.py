@@ -158,6 +158,40 @@ def plot_capacity(rows, path):
     return _save(figure, path)
 
 
+def plot_collapse(found, path):
+    """Draws the loads of mixtures over training steps, with noise dashed and without it solid.
+
+    Args:
+        found: {panel: {mixture: list of {"step", "load", "load, noisy": figure}}}.
+        path: The file to write.
+    """
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(4 * columns, 3 * rows),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    for axes in grid.flat[len(found) :]:
+        axes.set_axis_off()
+    for axes, (panel, mixtures) in zip(grid.flat, found.items(), strict=False):
+        for i, (name, looks) in enumerate(mixtures.items()):
+            steps = [row["step"] for row in looks]
+            for column, style in (("load", "o-"), ("load, noisy", "o--")):
+                label = name if column == "load" else f"{name}, with noise"
+                loads = [row[column] for row in looks]
+                axes.plot(steps, loads, style, color=f"C{i}", label=label)
+        axes.set_title(panel)
+        axes.set_yscale("log")
+        axes.legend(fontsize=7)
+    figure.supxlabel("training step")
+    figure.supylabel("max/mean load")
+    return _save(figure, path)
+
+
 def plot_attention(translations, path):
     """Draws what each word piece of some translations attends to, dark for much.
 

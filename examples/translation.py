@@ -35,6 +35,7 @@ import word_pieces
 from bleu import bleu, signature
 from django_catalogs import DjangoCatalogs
 from experiment import SideBySide, heading
+from normalized_gating import NormalizedGating
 from translating import Translator
 
 import keras_moe
@@ -67,6 +68,8 @@ def parse_arguments(arguments=None):
         ("vocabulary-size", 1500, "word pieces that the models know"),
         ("width", 64, "units of the embeddings and of every layer"),
         ("num-experts", 0, "experts of each mixture; 0 for the preset's"),
+        ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
+        ("normalized-gating", 0, "1 for noisy top-k gating by `normalized_gating.py`"),
         ("dropout", 0.2, "part of every layer's output to drop; the paper's is 0.4"),
         ("words-per-batch", 2048, "positions per batch, of a pair those of its longer side"),
         ("max-length", 96, "the longest sides of a training pair, in word pieces"),
@@ -173,11 +176,15 @@ def read_pairs(args):
 
 def make_model(preset, vocabulary_size, args):
     """Returns the model of a preset, its sizes scaled to the width."""
-    sizes = preset
-    if args.num_experts and preset in TRANSLATION_PRESETS:
-        sizes = TRANSLATION_PRESETS[preset]
-        if sizes.num_experts:
-            sizes = dataclasses.replace(sizes, num_experts=args.num_experts)
+    sizes = TRANSLATION_PRESETS.get(preset, preset)  # A name that isn't there is refused below.
+    if sizes is not preset and sizes.num_experts:
+        sizes = dataclasses.replace(
+            sizes,
+            num_experts=args.num_experts or sizes.num_experts,
+            importance_loss_weight=args.balance_loss_weight,
+            load_loss_weight=args.balance_loss_weight,
+            gating=NormalizedGating if args.normalized_gating else sizes.gating,
+        )
     return TranslationModel.from_preset(
         sizes, vocabulary_size, args.width, dropout=args.dropout, seed=args.seed, name=preset
     )

@@ -44,11 +44,11 @@ class SparseMoE(FreezableParts, RecomputesExperts, RecordsRoutings, CountsBalanc
     model.compile("adam", "sparse_categorical_crossentropy")
     ```
 
-    The logs of `fit` and `evaluate` show the balance of the experts, averaged over the batches:
-    `<layer>/cv_importance`, `<layer>/cv_load` and `<layer>/max_over_mean_load`, the columns of
-    Table 6 in the paper; with a capacity also `<layer>/fraction_dropped`. A call with `training`
-    given counts once the `losses` of the layer or its model are read, as `fit` and `evaluate` do;
-    in a loop of a graph, as of `keras.layers.RNN`, it always counts.
+    The logs of `fit` and `evaluate` show the balance of the experts, averaged over the batches, of
+    training with the gating's noise and of validation without: `<layer>/cv_importance`,
+    `<layer>/cv_load` and `<layer>/max_over_mean_load`, the columns of Table 6; with a capacity also
+    `<layer>/fraction_dropped`. A call with `training` given counts once the `losses` of the layer
+    or its model are read, as `fit` and `evaluate` do; in a loop of a graph it always counts.
 
     Args:
         num_experts: N, the number of experts.

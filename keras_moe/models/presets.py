@@ -1,6 +1,7 @@
 """The language models of Tables 7 and 8, by their names there."""
 
 import dataclasses
+from collections.abc import Callable
 
 import keras
 
@@ -29,7 +30,8 @@ class Preset:
         k: Experts per word; of a hierarchical mixture the groups, and the experts in each of them.
         importance_loss_weight: w_importance.
         load_loss_weight: w_load.
-        gating: The gating of the mixture, by the name that its layer knows.
+        gating: The gating of the mixture, by the name that its layer knows; or a gating class, or a
+            function with its first arguments: N and k, or A, N / A and k where there are groups.
         dropout: Part of every layer's output to drop in training.
     """
 
@@ -42,7 +44,7 @@ class Preset:
     k: int | tuple = 4
     importance_loss_weight: float = 0.1
     load_loss_weight: float = 0.1
-    gating: str = "noisy_top_k"
+    gating: str | Callable = "noisy_top_k"
     dropout: float = 0.1
 
     def scaled(self, width):
@@ -102,7 +104,11 @@ class Preset:
 
     def make_gating(self):
         """Returns the `gating` of the mixture's layer: its name, or a layer."""
-        return self.gating
+        if isinstance(self.gating, str):
+            return self.gating
+        if self.num_groups is None:
+            return self.gating(self.num_experts, self.k)
+        return self.gating(self.num_groups, self.num_experts // self.num_groups, self.k)
 
     def _make_expert(self, dtype, name):
         several = isinstance(self.hidden_units, tuple)

@@ -1,6 +1,7 @@
 """The translation models of sections 5.3 and 5.4, by their names there."""
 
 import dataclasses
+from collections.abc import Callable
 
 from keras_moe.gating.hierarchical_balanced import HierarchicalBalancedGating
 from keras_moe.gating.strictly_balanced import StrictlyBalancedGating
@@ -28,14 +29,14 @@ class TranslationPreset(Preset):
     hidden_units: int | tuple = 2048
     importance_loss_weight: float = 0.01
     load_loss_weight: float = 0.01
-    gating: str = "strictly_balanced"
+    gating: str | Callable = "strictly_balanced"
     batchwise_loss_weight: float = 1e-4
     dropout: float = 0.4
 
     def make_gating(self):
         """Returns the `gating` of the mixture's layer: its name, or a layer."""
         if self.gating != "strictly_balanced":
-            return self.gating
+            return super().make_gating()
         options = {"batchwise_loss_weight": self.batchwise_loss_weight, "name": "gating"}
         if self.num_groups is None:
             return StrictlyBalancedGating(self.num_experts, self.k, **options)
