@@ -15,7 +15,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # The oldest and the newest, both included.
-CHECKED = {"TensorFlow": ("2.19", "2.21"), "Keras": ("3.10", "3.15"), "JAX": ("0.6", "0.10")}
+CHECKED = {"TensorFlow": ("2.19", "2.21"), "Keras": ("3.10", "3.15"), "JAX": ("0.6", "0.12")}
 PACKAGES = {
     "TensorFlow": ["tensorflow", "tensorflow-text", "tensorflow-serving-api"],
     "Keras": ["keras"],

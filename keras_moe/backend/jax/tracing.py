@@ -1,4 +1,4 @@
-"""Which function is being traced, and in which: private (checked with JAX 0.6 to 0.10)."""
+"""Which function is being traced, and in which: private (checked with JAX 0.6 to 0.12)."""
 
 import jax
 from jax._src import core
