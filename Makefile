@@ -16,7 +16,8 @@ FROZEN_PEERS := tensor2tensor==1.15.7 tf-models-official==2.20.0
 GPU_TESTS := $(addprefix tests/,test_gpu.py test_losses.py backend gating experts dispatch mixture \
     layers models optimizers surgery)
 JAX_TESTS := $(addprefix tests/,on_jax test_architecture.py test_losses.py backend/test_backends.py \
-    oracle contract dispatch experts gating mixture saving)
+    oracle dispatch gating contract/test_inputs.py contract/test_own_losses.py \
+    experts/test_feed_forward.py mixture/test_survival_inputs.py)
 TWO_GPU_TESTS := tests/test_gpu.py $(wildcard tests/distribute/test_distribute*.py)
 
 # The stamp is written last, so an interrupted installation leaves none. It names the interpreter

@@ -70,7 +70,8 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
         self._made_with = changes
         with contextlib.nullcontext() if changes else in_memory.trusted():
             self.layers = [self._clone(i) for i in range(self.num_experts)]
-        self.supports_jit = False  # The number of rows of an expert depends on the data.
+        # Under TensorFlow the number of rows of an expert depends on the data.
+        self.supports_jit = STATIC_SHAPES
         self.freeze_parts()
 
     def _clone(self, i):
