@@ -7,9 +7,9 @@ import batching
 import keras
 import numpy as np
 import report
-import tensorflow as tf
 import text
 import vocabulary
+from keras import ops
 from state_of_the_union import StateOfTheUnion
 
 from keras_moe import SparseMoE
@@ -184,7 +184,7 @@ class SideBySide(keras.Model):
         for name, model in self.models.items():
             losses = model.cross_entropy(y, y_pred[name], training)
             self.perplexities[name].update_state(losses)
-            total += tf.reduce_mean(losses)
+            total += ops.mean(losses)
         return total
 
 
