@@ -54,7 +54,9 @@ class Program:
                 if name in _COLLECTIVES:
                     # What starts it has operands and results in its shape.
                     parts = list(dict.fromkeys(_SHAPE.findall(shape)))
-                    found += [(name, dtype, tuple(_sizes(sizes))) for dtype, sizes in parts if sizes]
+                    found += [
+                        (name, dtype, tuple(_sizes(sizes))) for dtype, sizes in parts if sizes
+                    ]
         return sorted(found, key=lambda each: -math.prod(each[2]) * _BYTES.get(each[1], 4))
 
     def _of_instruction(self, shape, opcode, rest):

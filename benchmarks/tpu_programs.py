@@ -14,13 +14,10 @@ import os
 from unittest import mock
 
 # A TPU belongs to one process, and libtpu would ask the network who it is. Here there is none.
-for name, value in (
-    ("KERAS_BACKEND", "jax"),
-    ("JAX_PLATFORMS", "cpu"),
-    ("TPU_SKIP_MDS_QUERY", "1"),
-    ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-):
-    os.environ.setdefault(name, value)
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import jax
 import keras

@@ -15,8 +15,8 @@ ROWS = K * T
 # The experts alone: of each row a pair of products, 2 operations for each pair of numbers. The
 # backward pass has twice as many, gradients of rows and of kernels.
 OF_EXPERTS = {"forward": 4 * ROWS * D * F, "gradients": 12 * ROWS * D * F}
-# The gating has N columns for the logits, and in training N for the noise: 2·D·2·N for each example,
-# and up to three times that with its gradients.
+# The gating has N columns for the logits, and in training N for the noise: 2·D·2·N for each
+# example, and up to three times that with its gradients.
 OF_GATING = {"forward": 4 * T * D * N, "gradients": 12 * T * D * N}
 
 
