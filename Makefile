@@ -8,6 +8,8 @@ PYTHON ?= python3
 CONSTRAINTS := $(if $(OLDEST),.ci/oldest.txt)
 VENV := .venv$(if $(OLDEST),-oldest)
 VENV_PYTHON := $(VENV)/bin/python
+# Of Keras, in the demo: tensorflow or jax.
+BACKEND ?= tensorflow
 
 # Their pins exclude this TensorFlow; the parts that are measured need no more than extra bench has.
 FROZEN_PEERS := tensor2tensor==1.15.7 tf-models-official==2.20.0
@@ -48,7 +50,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP)  ## train a mixture-of-experts language model, export it, query it
-	@TF_CPP_MIN_LOG_LEVEL=3 $(VENV_PYTHON) examples/language_model.py
+	@TF_CPP_MIN_LOG_LEVEL=3 KERAS_BACKEND=$(BACKEND) $(VENV_PYTHON) examples/language_model.py
 
 # The tests begin with the longest files: tests/conftest.py names them.
 IN_PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -21,10 +21,12 @@ class Program:
     Args:
         text: The text.
         turns: How often a loop runs whose number of turns depends on the data.
+        share: Of the rows that kernels have room for those that are there. They visit no others.
     """
 
-    def __init__(self, text, turns=1):
-        self.turns, self.computations, self.shapes = turns, {}, {}
+    def __init__(self, text, turns=1, share=1):
+        self.turns, self.share = turns, share
+        self.computations, self.shapes = {}, {}
         for line in text.splitlines():
             if found := _COMPUTATION.match(line):
                 current = self.computations[found[2]] = []
@@ -52,7 +54,9 @@ class Program:
                 if name in _COLLECTIVES:
                     # What starts it has operands and results in its shape.
                     parts = list(dict.fromkeys(_SHAPE.findall(shape)))
-                    found += [(name, dtype, _sizes(sizes)) for dtype, sizes in parts if sizes]
+                    found += [
+                        (name, dtype, tuple(_sizes(sizes))) for dtype, sizes in parts if sizes
+                    ]
         return sorted(found, key=lambda each: -math.prod(each[2]) * _BYTES.get(each[1], 4))
 
     def _of_instruction(self, shape, opcode, rest):
@@ -61,7 +65,7 @@ class Program:
         if opcode == "convolution":
             return 2 * _number(shape) * self._of_convolution(rest)
         if 'custom_call_target="tpu_custom_call"' in rest:
-            return _of_kernel(shape, rest)
+            return _of_kernel(shape, rest, self.share)
         if found := _BRANCHES.search(rest):
             names = [name.strip(" %") for name in found[1].split(",")]
             return max(map(self.operations, names))
@@ -109,7 +113,7 @@ class Program:
         return int(constants[0][1]) if len(constants) == 1 else self.turns
 
 
-def _of_kernel(shape, rest):
+def _of_kernel(shape, rest, share):
     """Of a kernel of megablox: so many tiles of rows, each once with the matrix of an expert."""
     layout = rest.split("operand_layout_constraints={")[1].split("}, frontend")[0]
     operands = [(dtype, _sizes(sizes)) for dtype, sizes in _SHAPE.findall(layout)]
@@ -118,7 +122,9 @@ def _of_kernel(shape, rest):
     result = _sizes(_SHAPE.search(shape)[2])
     floats = [sizes for dtype, sizes in operands if dtype != "s32"]
     rows = floats[0][0]
-    size = rows // (visits - experts + 1)
+    tiles = visits - experts + 1
+    size = rows // tiles
+    visits -= tiles - math.ceil(share * tiles)
     if len(result) == 3:  # of kernels: [N, D, F]
         return 2 * visits * size * math.prod(result[1:])
     return 2 * visits * size * floats[0][1] * result[1]

@@ -7,11 +7,14 @@ The end of one sentence also begins the next: from inputs [eos, w1, ..., wn] a m
 targets [w1, ..., wn, eos].
 """
 
+import keras
 import numpy as np
 import tensorflow as tf
 from vocabulary import EOS_ID
 
-_BUCKET_WIDTH = 4
+# With JAX each shape is compiled anew, so there are few, with more padding in them.
+STATIC = keras.config.backend() == "jax"
+_BUCKET_WIDTH = 16 if STATIC else 4
 
 
 def batches(sentences, words_per_batch, max_length=64, seed=None, epochs=1):
@@ -23,7 +26,8 @@ def batches(sentences, words_per_batch, max_length=64, seed=None, epochs=1):
 
     Args:
         sentences: What `vocabulary.encode` returns.
-        words_per_batch: The most positions B * L of a batch, padding included.
+        words_per_batch: The most positions B * L of a batch, padding included. With JAX so many
+            as far as L divides them, filled with sentences of padding alone.
         max_length: The most positions L of a sentence, its end included.
         seed: Shuffles, differently in each epoch. Default: no shuffling.
         epochs: How often the dataset passes over the sentences.
@@ -47,8 +51,16 @@ def batches(sentences, words_per_batch, max_length=64, seed=None, epochs=1):
     )
 
     rows = schedule(lengths, words_per_batch, max_length, seed, epochs)
+
+    def padded(words):
+        if not STATIC:
+            return words.to_tensor()
+        longest = tf.reduce_max(words.row_lengths())
+        longest = tf.minimum(-(-longest // _BUCKET_WIDTH) * _BUCKET_WIDTH, max_length)
+        return words.to_tensor(shape=[words_per_batch // longest, longest])
+
     dataset = tf.data.Dataset.from_tensor_slices(rows).map(
-        lambda rows: tuple(tf.gather(words, rows).to_tensor() for words in (inputs, targets))
+        lambda rows: tuple(padded(tf.gather(words, rows)) for words in (inputs, targets))
     )
     return dataset.prefetch(tf.data.AUTOTUNE)
 

@@ -1,0 +1,223 @@
+"""Compiles JAX's training step for TPUs that are not there; prints what a chip's program does.
+
+    python benchmarks/tpu_programs.py --models MoE-256 --topologies v5e:4x4 --capacities 1.25 none
+
+Each of R chips has N/R experts, as `expert_parallel=True` divides them, and 4096 words. Operations
+and memory of the compiled program stand beside what formulas say, and what the chips send each
+other beside one kernel of the experts that a chip holds. Nothing runs on a TPU.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+from unittest import mock
+
+# A TPU belongs to one process, and libtpu would ask the network who it is. Here there is none.
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+import jax
+import keras
+from jax.experimental import topologies
+from programs import Program
+
+from keras_moe import SparseMoE
+from keras_moe.models import LanguageModel, footprint
+from keras_moe.models.presets import get_preset
+from keras_moe.optimizers import FactoredAdam
+
+WORDS = 32  # of a sentence
+SENTENCES = 128  # for each chip
+VOCABULARY = 20_000
+BLOCK = "Transformer block"
+BLOCK_WIDTH, BLOCK_UNITS, BLOCK_EXPERTS, BLOCK_K = 1024, 4096, 64, 2
+MIB = 2**20
+
+
+def make_topology(name):
+    """The chips of a TPU, as "v5e:2x4" or "v4:2x2x2"; the two cores of a v4 work as one."""
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    return topologies.get_topology_desc(name, "tpu", **options).devices
+
+
+@contextlib.contextmanager
+def without_values():
+    """Inside, variables know their shape and where they would be, and have no values.
+
+    By two methods of Keras' that are private (checked with 3.15).
+    """
+
+    def initialize(self, value):
+        self._shape = self._validate_shape(value.shape)
+        with_initializer(self, None)
+
+    def with_initializer(self, initializer):
+        self._initialize_layout()
+        sharding = None if self._layout is None else self._layout.backend_layout
+        self._value = jax.ShapeDtypeStruct(self._shape, self._dtype, sharding=sharding)
+
+    with (
+        mock.patch.object(keras.Variable, "_initialize", initialize),
+        mock.patch.object(keras.Variable, "_initialize_with_initializer", with_initializer),
+    ):
+        yield
+
+
+class Block(keras.Model):
+    """A Transformer block whose feed-forward part is a mixture."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = keras.layers.MultiHeadAttention(16, BLOCK_WIDTH // 16)
+        self.norms = [keras.layers.LayerNormalization() for _ in range(2)]
+        self.middle = SparseMoE(BLOCK_EXPERTS, BLOCK_UNITS, BLOCK_K, **options)
+
+    def build(self, shape):
+        for norm in self.norms:
+            norm.build(shape)
+        self.attention.build(shape, shape)
+        self.middle.build(shape)
+
+    def call(self, x, training=None):
+        y = self.norms[0](x)
+        x = x + self.attention(y, y, training=training)
+        return x + self.middle(self.norms[1](x), training=training)
+
+
+def make_model(name, capacity, **options):
+    """A model by its name, its experts divided among the replicas."""
+    options = {"capacity_factor": capacity, "expert_parallel": True, **options}
+    if name == BLOCK:
+        model = Block(**options)
+        model.build((None, WORDS, BLOCK_WIDTH))
+        return model
+    preset = get_preset(name)
+    middle = preset.make_middle()
+    model = LanguageModel(
+        VOCABULARY,
+        preset.width,
+        type(middle).from_config({**middle.get_config(), **options}),
+        lstm_units=preset.lstm_units,
+        num_lstms=preset.num_lstms,
+        dropout=preset.dropout,
+        num_sampled=None,
+    )
+    model.build((None, WORDS))
+    return model
+
+
+def lower(name, capacity, devices, **options):
+    """The training step of a model on devices that need not be there: model, lowered step."""
+    mesh = keras.distribution.DeviceMesh((len(devices),), ["batch"], devices)
+    distribution = keras.distribution.DataParallel(device_mesh=mesh, auto_shard_dataset=False)
+    with distribution.scope(), without_values():
+        model = make_model(name, capacity, **options)
+        model.compile(FactoredAdam(), "mse" if name == BLOCK else None, jit_compile=False)
+        model.optimizer.build(model.trainable_variables)
+        tokens = jax.ShapeDtypeStruct(
+            (SENTENCES * len(devices), WORDS, *([BLOCK_WIDTH] if name == BLOCK else [])),
+            "float32" if name == BLOCK else "int32",
+            sharding=jax.sharding.NamedSharding(mesh.backend_mesh, jax.P("batch")),
+        )
+        parts = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+        state = tuple([variable._value for variable in part] for part in parts)
+
+        for part in parts:  # As `fit` does: a step has the values of its state alone.
+            for variable in part:
+                variable._value = None
+        shardings = jax.tree.map(lambda value: value.sharding, state)
+        step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, shardings))
+        return model, step.lower(state, (tokens, tokens))
+
+
+def formulas(name, model, capacity, num_chips):
+    """Operations of a step and bytes of its arguments, both for one chip.
+
+    Operations are two for each multiply-add of the forward pass, and twice as many in the backward
+    pass. Weights are in float32, each with its slots.
+    """
+    words = SENTENCES * WORDS
+    if name == BLOCK:
+        per_word = 4 * BLOCK_WIDTH**2 + 2 * WORDS * BLOCK_WIDTH + 2 * BLOCK_WIDTH * BLOCK_EXPERTS
+        per_word += 2 * BLOCK_K * BLOCK_WIDTH * BLOCK_UNITS
+        inputs = 2 * words * BLOCK_WIDTH
+    else:
+        per_word = footprint(model).ops_per_timestep + model.width * VOCABULARY
+        inputs = 2 * words
+    numbers = inputs
+    for variable in (*model.variables, *model.optimizer.variables):
+        divided = variable._layout is not None and any(variable._layout.axes)
+        numbers += math.prod(variable.shape) // (num_chips if divided else 1)
+    return 6 * words * per_word, 4 * numbers
+
+
+def heads():
+    """The first two lines of the table."""
+    names = ["model", "TPU", "capacity", "operations", "× formula", "arguments MiB", "formula"]
+    names += ["temporaries MiB", "collectives, the largest first"]
+    return f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|"
+
+
+def row(name, topology, capacity, devices):
+    """Compiles, and returns a line of the table."""
+    model, lowered = lower(name, capacity, devices)
+    compiled = lowered.compile()
+    operations, arguments = formulas(name, model, capacity, len(devices))
+    memory = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # jaxlib can't read all that libtpu writes for a v6e.
+        counted, sent = None, "not readable"
+    else:
+        program = Program(text, share=1 if capacity else 1 / len(devices))
+        counted, sent = program.operations(), describe(program.collectives())
+    cells = [
+        f"{counted:.3g}" if counted else "–",
+        f"{counted / operations:.2f}" if counted else "–",
+        f"{memory.argument_size_in_bytes / MIB:.1f}",
+        f"{arguments / MIB:.1f}",
+        f"{memory.temp_size_in_bytes / MIB:.0f}",
+        sent,
+    ]
+    return f"| {' | '.join([name, topology, str(capacity), *cells])} |"
+
+
+def describe(collectives, most=4):
+    """The largest few in words, each once, with how often it is there."""
+    counts = {}
+    for each in collectives:
+        counts[each] = counts.get(each, 0) + 1
+    parts = [
+        f"{count} {name} {dtype}{list(sizes)}"
+        for (name, dtype, sizes), count in list(counts.items())[:most]
+    ]
+    return "; ".join(parts) + (f"; {len(counts) - most} smaller kinds" * (len(counts) > most))
+
+
+def main(arguments=None):
+    """Compiles and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["MoE-256", "MoE-1024-h", BLOCK])
+    parser.add_argument("--topologies", nargs="+", default=["v5e:4x4", "v6e:4x4", "v4:2x2x4"])
+    parser.add_argument("--capacities", nargs="+", default=["1.25", "none"])
+    parser.add_argument("--dtype", default="mixed_bfloat16", help="dtype policy")
+    options = parser.parse_args(arguments)
+    keras.config.set_dtype_policy(options.dtype)
+    print(heads(), flush=True)
+    for name in options.models:
+        for capacity in options.capacities:
+            factor = None if capacity == "none" else float(capacity)
+            for topology in options.topologies:
+                print(row(name, topology, factor, make_topology(topology)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
