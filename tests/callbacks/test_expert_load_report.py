@@ -114,7 +114,7 @@ class Pairs(keras.utils.PyDataset):
 @pytest.mark.parametrize(
     "batches",
     [
-        tf.constant,
+        keras.ops.convert_to_tensor,
         lambda x: tf.data.Dataset.from_tensor_slices(x).batch(5),
         lambda x: tf.data.Dataset.from_tensor_slices((x, x, x > 0)).batch(5),
         lambda x: [x[:7], (x[7:9],), (x[9:], None)],

@@ -98,7 +98,3 @@ def test_what_needs_tensorflow_says_so():
         keras_moe.export_saved_model(None, "folder")
     with pytest.raises(RuntimeError, match=r"needs Keras' backend TensorFlow\. Save the model"):
         keras_moe.token_signature(None)
-    with pytest.raises(RuntimeError, match="Translate where KERAS_BACKEND=tensorflow"):
-        keras_moe.models.beam_search(None, (), [1], end_id=1, max_length=2)
-    with pytest.raises(RuntimeError, match="footprint"):
-        keras_moe.models.footprint("MoE-4")

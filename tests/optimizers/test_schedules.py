@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
 
 from keras_moe.optimizers import WarmupInverseSqrt
 
@@ -12,7 +12,9 @@ from keras_moe.optimizers import WarmupInverseSqrt
 def test_the_rate_rises_is_held_and_falls(dtype):
     schedule = WarmupInverseSqrt(0.5, warmup_steps=4, hold_steps=5)
     steps = [0, 1, 3, 6, 8, 35, 80]
-    rates = [float(schedule(step if dtype is None else tf.cast(step, dtype))) for step in steps]
+    if dtype is not None:
+        steps = [ops.convert_to_tensor(np.asarray(step, dtype)) for step in steps]
+    rates = [float(schedule(step)) for step in steps]
     # Updates 1, 2 and 4 of 4 on the way up; 7 and 9, still held; 36 = 4·9 and 81 = 9·9.
     np.testing.assert_allclose(rates, [0.125, 0.25, 0.5, 0.5, 0.5, 0.25, 0.5 / 3], rtol=1e-6)
 
@@ -26,7 +28,7 @@ def test_without_holding_the_peak_is_a_single_step():
 
 def test_a_billion_steps_later_the_rate_is_exact():
     schedule = WarmupInverseSqrt(1.0, warmup_steps=1000)
-    step = tf.constant(10**9 - 1, "int64")
+    step = ops.convert_to_tensor(10**9 - 1, "int32")
     assert schedule(step).dtype == "float32"
     np.testing.assert_allclose(schedule(step), 1e-3, rtol=1e-5)
 
@@ -37,7 +39,7 @@ def test_an_optimizer_takes_it_and_saves_it():
     variable = keras.Variable([0.0])
     again.build([variable])
     for _ in range(2):
-        again.apply([tf.ones([1])])
+        again.apply([ops.ones([1])])
     np.testing.assert_allclose(variable, [-1.5])  # 1/2, then 2/2
 
 

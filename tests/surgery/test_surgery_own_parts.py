@@ -8,6 +8,7 @@ from trained_layers import X, arrays, assert_same, trained
 
 import keras_moe
 from keras_moe import SparseMoE
+from keras_moe.backend import pieces as pieces_of
 
 
 class PlainGating(keras.layers.Layer):
@@ -81,9 +82,9 @@ class ScaledRows(keras.layers.Layer):
         ]
 
     def call(self, rows, rows_per_expert):
-        *pieces, rest = keras_moe.backend.tensorflow.pieces.split(rows, rows_per_expert)
+        *pieces, rest = pieces_of.split(rows, rows_per_expert)
         scaled = [piece * scale for piece, scale in zip(pieces, self.scale, strict=True)]
-        return keras_moe.backend.tensorflow.pieces.join(scaled, rest)
+        return pieces_of.join(scaled, rest)
 
     def compute_output_shape(self, rows_shape, rows_per_expert_shape=None):
         return rows_shape

@@ -4,6 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from trained_layers import QUICK_EAGERLY
 
 from keras_moe import SparseMoE, dense_pairs, upcycle_model
 
@@ -37,7 +38,7 @@ def test_a_backbone_stays_what_it_is_trains_and_comes_back_from_a_file(tmp_path)
     assert [bool(mixtures(block)) for block in upcycled.transformer_layers] == [False, True]
     (moe,) = mixtures(upcycled)
     assert moe.experts.kernels[0].shape == (4, 8, 16)
-    upcycled.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    upcycled.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=QUICK_EAGERLY)
     logs = upcycled.fit(X, np.zeros((3, 5, 8)), epochs=4, verbose=0).history
     assert logs["loss"][-1] < 0.9 * logs["loss"][0]
     expected = upcycled(X)

@@ -20,7 +20,7 @@ from dense_models import (
 )
 from helpers import WIDTH
 from keras.ops import convert_to_numpy as numpy
-from trained_layers import X, arrays, assert_same, run_example
+from trained_layers import QUICK_EAGERLY, X, arrays, assert_same, run_example
 
 from keras_moe import SparseMoE, dense_pairs, upcycle_model
 from keras_moe.surgery.replaced_parts import ReplacedParts
@@ -84,7 +84,7 @@ def test_some_of_the_pairs_can_be_chosen_and_the_others_later():
 def test_it_trains_on_and_tells_the_experts_apart():
     model = shaken(called(Plain(layers.Dense(WIDTH))))
     upcycle_model(model, dense_pairs(model), 4, k=2, seed=0, in_place=True)
-    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=QUICK_EAGERLY)
     logs = model.fit(X, np.sin(X), epochs=6, verbose=0).history
     assert logs["loss"][-1] < 0.9 * logs["loss"][0]
     assert "moe/cv_load" in logs
