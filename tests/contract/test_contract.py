@@ -253,11 +253,23 @@ def test_unknown_shapes(contract):
                 call(wrong, given)
 
 
+class OneBatch(keras.utils.PyDataset):
+    def __init__(self, inputs):
+        super().__init__()
+        self.inputs = inputs
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        x = tuple(self.inputs) if len(self.inputs) > 1 else self.inputs[0]
+        return x, self.inputs[0][:, :1]
+
+
 def of_unknown_shape(inputs):
     """A batch for `fit`, with a target, of whose shape TensorFlow knows nothing but the rank."""
     if keras.config.backend() == "jax":
-        x = tuple(inputs) if len(inputs) > 1 else inputs[0]
-        return (batch for batch in [(x, inputs[0][:, :1])])
+        return OneBatch(inputs)
     import tensorflow as tf
 
     def unknown(*tensors):

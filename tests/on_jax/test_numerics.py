@@ -31,6 +31,6 @@ def test_experts_that_count_their_rows_are_refused():
         model.compile("sgd", "mse")
         with pytest.raises(ValueError, match="Set `capacity_factor`"):
             layer(examples(), training=True)
+        assert model.predict(examples(), verbose=0).shape == (24, 6)  # Each row for itself.
         with pytest.raises(ValueError, match="Set `capacity_factor`"):
             model.fit(examples(), examples(), verbose=0)
-        assert model.predict(examples(), verbose=0).shape == (24, 6)  # Each row for itself.
