@@ -21,7 +21,8 @@ def test_batches_have_few_shapes_and_each_word_once():
 
 
 def test_padding_counts_neither_in_the_perplexity_nor_in_the_loss():
-    model = LanguageModel(20, 4, SparseMoE(4, 4, 2, seed=0), num_sampled=None)
+    mixture = SparseMoE(4, 4, 2, importance_loss_weight=0, load_loss_weight=0, seed=0)
+    model = LanguageModel(20, 4, mixture, num_sampled=None)
     together = SideBySide({"mixture": model})
     together.build((None, None))
     together.compile("sgd")
