@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from covering import covering
+from combinations import covering
 from helpers import EVERY_LAYER, WIDTH, assert_agrees, examples, with_random_weights
 from tensorflow.core.protobuf import saved_model_pb2
 

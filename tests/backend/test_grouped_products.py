@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from covering import covering
+from combinations import covering
 from helpers import (
     assert_agrees,
     examples,

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from covering import covering, usually
+from combinations import covering, usually
 from helpers import (
     EVERY_LAYER,
     WIDTH,

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from covering import covering
+from combinations import covering
 from helpers import EVERY_LAYER, WIDTH, every_layer, examples, with_random_weights
 
 from keras_moe import HierarchicalMoE, LayerExperts, SparseMoE

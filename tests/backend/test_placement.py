@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import tensorflow as tf
-from covering import covering
+from combinations import covering
 from helpers import EVERY_LAYER, WIDTH, examples
 from placement import placement
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from covering import covering
+from combinations import covering
 from replicas import assert_equal_training, data, fit, flat, hierarchical, make_model, state
 
 import keras_moe

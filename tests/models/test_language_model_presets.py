@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from covering import covering
+from combinations import covering
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import SparseMoE

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from covering import covering, usually
+from combinations import covering, usually
 from keras.ops import convert_to_numpy as numpy
 from word_models import MODELS, SOURCE, TARGETS, TOKENS, VOCABULARY, inputs, losses, make
 

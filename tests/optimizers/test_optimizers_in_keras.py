@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from covering import usually
+from combinations import usually
 from helpers import CROSS_ENTROPY, WIDTH, language_model, next_words
 from keras.ops import convert_to_numpy as numpy
 

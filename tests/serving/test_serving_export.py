@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from covering import covering, usually
+from combinations import covering, usually
 from exports import TOKENS, export, train
 from helpers import (
     EVERY_LAYER,

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from covering import usually
+from combinations import usually
 from helpers import EVERY_LAYER, WIDTH, assign_random_weights, examples
 
 import keras_moe
