@@ -94,7 +94,8 @@ class FixedGating(keras.layers.Layer):
     def call(self, x, training=None, mask=None):
         everyone = np.broadcast_to(np.arange(self.gates.shape[1], dtype="int32"), self.gates.shape)
         importance = ops.sum(ops.convert_to_tensor(self.gates, "float32"), axis=0)
-        return Routing(everyone, self.gates.astype("float32"), importance, importance)
+        gates = ops.convert_to_tensor(self.gates, "float32")
+        return Routing(ops.convert_to_tensor(everyone), gates, importance, importance)
 
 
 def softmax_of_top(logits, k):
