@@ -30,7 +30,8 @@ class Given(keras.StatelessScope):
 def without_values():
     """Inside, variables are made that have shapes alone: they take no memory, and never will.
 
-    Keras has them wait for their values in a list, which is private (checked with Keras 3.15).
+    Keras has them wait for their values in a list, which is private
+    (checked with Keras 3.10 to 3.15).
     """
     waiting = global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True)
     number = len(waiting)
