@@ -80,7 +80,7 @@ class ProductAttention(FreezableParts, keras.layers.Layer):
         self.build_score()
 
     def build_score(self):
-        """Adds the weights of `weigh`."""
+        """Adds the weights of `score`."""
         self.scale = self.add_weight(name="scale", shape=(self.units,))
 
     def call(self, inputs, mask=None, return_attention_scores=False):
@@ -116,8 +116,7 @@ class ProductAttention(FreezableParts, keras.layers.Layer):
 
     def weigh(self, query, memory):
         """The same for queries [B, T, H], already multiplied by W."""
-        key = ops.swapaxes(ops.tanh(memory.key), -1, -2)
-        scores = ops.matmul(ops.tanh(query) * self.scale, key)
+        scores = self.score(query, memory.key)
         # The softmax of a long source needs the precision of float32.
         scores = ops.cast(scores, keras.backend.result_type(scores.dtype, "float32"))
         if memory.mask is None:
@@ -127,6 +126,11 @@ class ProductAttention(FreezableParts, keras.layers.Layer):
             weights = ops.where(mask, _softmax(ops.where(mask, scores, -1e9)), 0.0)
         weights = ops.cast(weights, self.compute_dtype)
         return ops.matmul(weights, memory.value), weights
+
+    def score(self, query, key):
+        """A(x, y) of queries [B, T, H] and keys [B, S, H], already multiplied: [B, T, S]."""
+        key = ops.swapaxes(ops.tanh(key), -1, -2)
+        return ops.matmul(ops.tanh(query) * self.scale, key)
 
     def compute_mask(self, inputs, mask=None):
         return None if mask is None else mask[0]
@@ -155,15 +159,10 @@ class AdditiveAttention(ProductAttention):
     def build_score(self):
         self.attention.build([(None, None, self.units)] * 2)
 
-    def weigh(self, query, memory):
-        context, weights = self.attention(
-            [query, memory.value, memory.key],
-            mask=[None, memory.mask],
-            return_attention_scores=True,
-        )
-        if memory.mask is not None:
-            weights = ops.where(memory.mask[:, None, :], weights, ops.zeros_like(weights))
-        return context, weights
+    def score(self, query, key):
+        # Not by a call of `attention`, whose mask Keras 3.10 takes in another form than later ones.
+        sums = ops.expand_dims(query, axis=-2) + ops.expand_dims(key, axis=-3)
+        return ops.sum(self.attention.scale * ops.tanh(sums), axis=-1)
 
 
 def _checked(inputs):

@@ -66,4 +66,4 @@ def test_weights_of_tensorflow_go_on_under_jax_as_if_never_stopped(folder, here,
 def test_translations_are_equal_word_by_word(folder, here, there):
     received = translated(here["translation"][0], folder)
     np.testing.assert_array_equal(received, there["ids"])
-    assert len(np.unique(received)) > 2
+    assert len(np.unique(received)) > 1  # They have learned more than one word.
