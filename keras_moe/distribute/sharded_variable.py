@@ -2,6 +2,7 @@
 
 import contextlib
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -158,17 +159,21 @@ def over_shards(regularizer):
 
     Each replica adds the losses of its own rows, and Keras takes the mean over the replicas.
     """
-    if regularizer is None:
-        return None
+    return None if regularizer is None else _OverShards(regularizer)
 
-    def regularize(variable):
+
+class _OverShards(keras.regularizers.Regularizer):
+    """A class, as the setter of Keras 3.10 takes no function."""
+
+    def __init__(self, regularizer):
+        self.regularizer = regularizer
+
+    def __call__(self, variable):
         value = getattr(variable, "value", variable)
-        loss = regularizer(variable)
+        loss = self.regularizer(variable)
         if isinstance(value, ShardedVariable) and value.shard is not None:
             loss *= value.num_shards
         return loss
-
-    return regularize
 
 
 @contextlib.contextmanager

@@ -15,14 +15,20 @@ def of_each_expert(regularizer, halves=1):
         halves: 2 where each expert has two matrices side by side, as of a gated layer.
 
     Returns:
-        A function of a variable [N, …], the sum of what the regularizer makes of each expert's
+        A regularizer of a variable [N, …]: the sum of what the regularizer makes of each expert's
         part, of each half by itself; `None` for `None`.
     """
     if regularizer is None or type(regularizer) in _SUMS_OVER_ENTRIES:
         return regularizer
+    return _OfEachExpert(regularizer, halves)
 
-    def regularize(bank):
-        parts = ops.concatenate(ops.split(ops.convert_to_tensor(bank), halves, axis=-1))
-        return ops.sum(ops.map(regularizer, parts))
 
-    return regularize
+class _OfEachExpert(keras.regularizers.Regularizer):
+    """A class, as variables of Keras 3.10 take no function."""
+
+    def __init__(self, regularizer, halves):
+        self.regularizer, self.halves = regularizer, halves
+
+    def __call__(self, bank):
+        parts = ops.concatenate(ops.split(ops.convert_to_tensor(bank), self.halves, axis=-1))
+        return ops.sum(ops.map(self.regularizer, parts))
