@@ -19,7 +19,8 @@ GPU_TESTS := $(addprefix tests/,test_gpu.py test_losses.py backend gating expert
     layers models optimizers surgery)
 JAX_TESTS := $(addprefix tests/,on_jax test_architecture.py test_losses.py backend/test_backends.py \
     oracle dispatch gating contract/test_inputs.py contract/test_own_losses.py \
-    experts/test_feed_forward.py mixture/test_survival_inputs.py models/test_beam_search.py \
+    $(addprefix experts/test_,feed_forward.py int8.py layer_experts.py) \
+    $(addprefix mixture/test_,sparse_moe.py hierarchical_moe.py survival_inputs.py) models/test_beam_search.py \
     models/test_footprint.py models/test_sampling.py models/test_translate.py \
     optimizers/test_schedules.py)
 TWO_GPU_TESTS := tests/test_gpu.py $(wildcard tests/distribute/test_distribute*.py)

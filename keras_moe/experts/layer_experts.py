@@ -122,7 +122,8 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
                     "Under JAX an expert is called with its own rows and as many zeros as there "
                     "are rows of others, of which losses, as those of activities, and statistics "
                     "of a batch would take the mean. Set `capacity_factor`, with which an expert "
-                    f"has few empty places, or leave them out. Received: expert {layer.name!r} "
+                    "has few empty places in training, or leave them out, as evaluation, which "
+                    f"drops nothing, always needs it. Received: expert {layer.name!r} "
                     f"with {'statistics of a batch' if parts else 'losses'}"
                 )
 

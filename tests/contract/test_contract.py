@@ -7,29 +7,30 @@ import pickle
 import keras
 import numpy as np
 import pytest
-from contract import CONTRACTS, public_layers
-from gradients import curvature, with_gradients
-from helpers import policies, rounded, sparse
-from keras import ops
-from keras.ops import convert_to_numpy as numpy
+from contract import CONTRACTS, loss_of, public_layers
+from gradients import with_gradients
+from helpers import policies
 
 every_layer = pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS.keys())
-# For what is compiled: one of each way. Under JAX that takes seconds.
-FEW = {"capacity", "shared", "layer_experts", "hierarchical", "hierarchical_balanced"}
-FEW |= {"FeedForwardExperts", "AttentionLSTM, product", "ProjectedLSTM", "SampledSoftmax"}
-compiled = pytest.mark.parametrize(
-    "contract",
-    [
-        pytest.param(contract, id=name)
-        if name in FEW or keras.config.backend() != "jax"
-        else pytest.param(contract, id=name, marks=pytest.mark.exhaustive)
-        for name, contract in CONTRACTS.items()
-    ],
-)
-
 DTYPES = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
 DTYPES += ["float16", "bfloat16", "float64"]
 POLICIES = policies("float64", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
+
+
+def rounded(x, dtype):
+    """The numbers nearest to those of a float32 array that a dtype holds, in float32."""
+    return np.float32(x).astype(dtype).astype("float32")
+
+
+def sparse(x):
+    """An array as a sparse tensor."""
+    if keras.config.backend() == "jax":
+        from jax.experimental.sparse import BCOO
+
+        return BCOO.fromdense(x)
+    import tensorflow as tf
+
+    return tf.sparse.from_dense(x)
 
 
 def ones_and_zeros(contract):
@@ -41,22 +42,6 @@ def assert_equal(received, expected, **tolerance):
     for one, other in zip(received, expected, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_allclose(np.float64(one), np.float64(other), **tolerance)
-
-
-def floats(tensors):
-    return [y for y in tensors if keras.backend.is_float_dtype(y.dtype)]
-
-
-def loss_of(contract, layer, training=None):
-    """A function of the inputs: the sum of the outputs' sines and of all losses; the outputs."""
-
-    def loss(*inputs):
-        outputs = contract.outputs(layer, *inputs, training=training)
-        terms = [ops.sum(ops.sin(y)) for y in floats(outputs)] + layer.losses
-        return sum(ops.cast(term, "float32") for term in terms), outputs
-
-    loss.layer = layer
-    return loss
 
 
 def gradients(contract, layer, inputs):
@@ -251,73 +236,3 @@ def test_unknown_shapes(contract):
             wrong = [tensor[..., i == narrower :] for i, tensor in enumerate(x)]
             with pytest.raises(tf.errors.InvalidArgumentError):
                 call(wrong, given)
-
-
-class OneBatch(keras.utils.PyDataset):
-    def __init__(self, inputs):
-        super().__init__()
-        self.inputs = inputs
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        x = tuple(self.inputs) if len(self.inputs) > 1 else self.inputs[0]
-        return x, self.inputs[0][:, :1]
-
-
-def of_unknown_shape(inputs):
-    """A batch for `fit`, with a target, of whose shape TensorFlow knows nothing but the rank."""
-    if keras.config.backend() == "jax":
-        return OneBatch(inputs)
-    import tensorflow as tf
-
-    def unknown(*tensors):
-        x = []
-        for tensor in tensors:
-            x.append(tf.numpy_function(lambda value: value, [tensor], tensor.dtype))
-            x[-1].set_shape([None] * len(tensor.shape))
-        return (tuple(x) if len(x) > 1 else x[0]), x[0][:, :1]
-
-    return tf.data.Dataset.from_tensors(tuple(inputs)).map(unknown)
-
-
-@compiled
-def test_fit_takes_a_step_on_data_of_unknown_shape(contract):
-    layer = contract.built()
-    inputs = contract.symbolic()
-    first, *_ = floats(contract.outputs(layer, *inputs))
-    model = keras.Model(inputs, first)
-    model.compile("sgd", lambda y, predicted: ops.mean(ops.sin(predicted)))
-
-    data = of_unknown_shape(contract.inputs())
-    if contract.counts_rows and keras.config.backend() == "jax":
-        with pytest.raises(ValueError, match="Set `capacity_factor`"):
-            model.fit(data, verbose=0)
-        return
-    before = [numpy(weight) for weight in layer.trainable_weights]
-    history = model.fit(data, verbose=0, shuffle=False).history
-    assert np.isfinite(history["loss"]).all()
-    after = [numpy(weight) for weight in layer.trainable_weights]
-    assert all(np.isfinite(weight).all() for weight in after)
-    assert any((one != other).any() for one, other in zip(before, after, strict=True))
-
-
-@compiled
-def test_second_derivatives(contract):
-    in_training = [contract.twice_in_training]
-    if in_training == [True] and keras.config.backend() != "jax":  # Which compiles long.
-        in_training.append(False)
-    for training in in_training:
-        assert_twice_differentiable(contract, training)
-
-
-def assert_twice_differentiable(contract, training):
-    layer, x = contract.built(), contract.inputs()
-    rng = np.random.default_rng(3)
-    weights = layer.trainable_weights
-    direction = [np.float32(rng.normal(size=source.shape)) for source in (*x, *weights)]
-    loss = loss_of(contract, layer, training)
-    for received, expected in zip(*curvature(loss, x, weights, direction), strict=True):
-        tolerance = 2e-2 * max(1.0, np.abs(expected).max())
-        np.testing.assert_allclose(received, expected, rtol=0, atol=tolerance)
