@@ -52,6 +52,8 @@ OTHERS = [
         "every expert computes every example; gated experts; no noise, one loss",
     ),
     Contender("dense, PyTorch", TORCH, "dense", "as dense"),
+    Contender("dense, JAX", JAX, "dense", "as dense"),
+    Contender("keras_moe, JAX", JAX, "sparse_moe", "noise, both losses, nothing dropped"),
     Contender(
         "moving the weights alone",
         TENSORFLOW,
@@ -61,6 +63,13 @@ OTHERS = [
     Contender(
         "keras_moe, FactoredAdam",
         TENSORFLOW,
+        "sparse_moe",
+        "noise, both losses, nothing dropped",
+        {"optimizer": "FactoredAdam"},
+    ),
+    Contender(
+        "keras_moe, JAX, FactoredAdam",
+        JAX,
         "sparse_moe",
         "noise, both losses, nothing dropped",
         {"optimizer": "FactoredAdam"},

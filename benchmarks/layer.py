@@ -28,6 +28,7 @@ PACKAGES = (
     "keras_moe",
     "tensorflow",
     "keras",
+    "jax",
     "torch",
     "transformers",
     "tensor2tensor",

@@ -15,6 +15,16 @@ def export(model, path, name="tokens", **kwargs):
     return lambda x: served.signatures["serving_default"](**{name: x})["outputs"], served
 
 
+def assert_keeps_no_state(served):
+    """No signature of a SavedModel writes a variable or draws a random number."""
+    for signature in served.signatures.values():
+        graph = signature.graph.as_graph_def()
+        functions = [graph.node, *(function.node_def for function in graph.library.function)]
+        operations = {node.op for nodes in functions for node in nodes}
+        assert "MatMul" in operations
+        assert not {op for op in operations if "Assign" in op or "Random" in op}
+
+
 def train(**options):
     """A language model that was trained, so that it has metrics, seeds and an optimizer."""
     model, (x, y) = language_model(**options), next_words()

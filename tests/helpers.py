@@ -56,11 +56,6 @@ def examples(number=EXAMPLES, seed=0):
     return np.random.default_rng(seed).normal(size=(number, WIDTH)).astype("float32")
 
 
-def policies(*names):
-    """Those of dtype policies that there are: JAX has float64 only if all of it is told so."""
-    return [name for name in names if name != "float64" or keras.config.backend() != "jax"]
-
-
 def assign_random_weights(layer, rng, scale=1.0):
     """Weights far from zero: initial gating kernels are zeros, which would test ties alone."""
     assert layer.built
@@ -251,16 +246,6 @@ def next_words(batch=32, length=10):
 
 
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def assert_keeps_no_state(served):
-    """No signature of a SavedModel writes a variable or draws a random number."""
-    for signature in served.signatures.values():
-        graph = signature.graph.as_graph_def()
-        functions = [graph.node, *(function.node_def for function in graph.library.function)]
-        operations = {node.op for nodes in functions for node in nodes}
-        assert "MatMul" in operations
-        assert not {op for op in operations if "Assign" in op or "Random" in op}
 
 
 # One of each way through the layer, all of five or six experts: arguments to change are options.

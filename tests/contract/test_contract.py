@@ -9,28 +9,12 @@ import numpy as np
 import pytest
 from contract import CONTRACTS, loss_of, public_layers
 from gradients import with_gradients
-from helpers import policies
+from inputs import policies, rounded, sparse
 
 every_layer = pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS.keys())
 DTYPES = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
 DTYPES += ["float16", "bfloat16", "float64"]
 POLICIES = policies("float64", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
-
-
-def rounded(x, dtype):
-    """The numbers nearest to those of a float32 array that a dtype holds, in float32."""
-    return np.float32(x).astype(dtype).astype("float32")
-
-
-def sparse(x):
-    """An array as a sparse tensor."""
-    if keras.config.backend() == "jax":
-        from jax.experimental.sparse import BCOO
-
-        return BCOO.fromdense(x)
-    import tensorflow as tf
-
-    return tf.sparse.from_dense(x)
 
 
 def ones_and_zeros(contract):

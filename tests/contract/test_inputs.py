@@ -4,14 +4,8 @@ import keras
 import numpy as np
 import pytest
 from contract import CONTRACTS
-from helpers import (
-    EVERY_LAYER,
-    WIDTH,
-    assign_random_weights,
-    every_layer,
-    sparse,
-    with_random_weights,
-)
+from helpers import EVERY_LAYER, WIDTH, assign_random_weights, every_layer, with_random_weights
+from inputs import sparse
 from keras import ops
 
 import keras_moe

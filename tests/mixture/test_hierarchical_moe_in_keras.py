@@ -3,14 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import (
-    CROSS_ENTROPY,
-    WIDTH,
-    assert_keeps_no_state,
-    examples,
-    language_model,
-    next_words,
-)
+from helpers import CROSS_ENTROPY, WIDTH, examples, language_model, next_words
 
 from keras_moe import FeedForwardExperts, HierarchicalGating, HierarchicalMoE, NoisyTopKGating
 
@@ -58,6 +51,7 @@ def test_saved_model_weights_and_clone_come_back(trained, tmp_path):
 @pytest.mark.tensorflow("exports are TensorFlow's")
 def test_export_writes_no_state(trained, tmp_path):
     import tensorflow as tf
+    from exports import assert_keeps_no_state
 
     x, _ = next_words()
     trained.export(tmp_path / "1", verbose=False)

@@ -11,12 +11,11 @@ from helpers import (
     assign_random_weights,
     examples,
     oracle,
-    policies,
-    rounded,
     run,
     with_random_weights,
 )
 from hypothesis import strategies as st
+from inputs import policies, rounded
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import NoisyTopKGating, SparseMoE

@@ -5,15 +5,8 @@ import threading
 import keras
 import numpy as np
 import pytest
-from helpers import (
-    CROSS_ENTROPY,
-    WIDTH,
-    assert_keeps_no_state,
-    assign_random_weights,
-    language_model,
-    next_words,
-    policies,
-)
+from helpers import CROSS_ENTROPY, WIDTH, assign_random_weights, language_model, next_words
+from inputs import policies
 
 from keras_moe import SparseMoE
 
@@ -147,6 +140,7 @@ def test_saved_model_and_weights_come_back(tmp_path):
 @pytest.mark.tensorflow("exports are TensorFlow's")
 def test_export_writes_no_state(tmp_path):
     import tensorflow as tf
+    from exports import assert_keeps_no_state
 
     x, y = next_words()
     model = language_model()

@@ -10,10 +10,9 @@ from helpers import (
     call_gradients_and_routing,
     every_layer,
     metrics,
-    policies,
-    rounded,
     with_random_weights,
 )
+from inputs import policies, rounded
 from keras.ops import convert_to_numpy as numpy
 from reference_capacity import admit, capacity
 from reference_experts import mixture

@@ -7,7 +7,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import EVERY_LAYER, WIDTH, every_layer, policies, with_random_weights
+from helpers import EVERY_LAYER, WIDTH, every_layer, with_random_weights
+from inputs import policies
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import NoisyTopKGating

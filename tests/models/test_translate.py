@@ -5,7 +5,6 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers import assert_keeps_no_state
 from keras.ops import convert_to_numpy as numpy
 from reference_beam_search import score
 
@@ -128,6 +127,7 @@ def test_a_source_alone_is_translated_as_among_others(model, width):
 @pytest.mark.tensorflow("exports are made under TensorFlow")
 def test_an_export_maps_strings_to_strings(tmp_path):
     import tensorflow as tf
+    from exports import assert_keeps_no_state
 
     model = made(dropout=0.2)
     words = np.array(["", "<unk>", "<end>", *"abcdefghi"])

@@ -7,7 +7,8 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from helpers import WIDTH, assign_random_weights, policies
+from helpers import WIDTH, assign_random_weights
+from inputs import policies
 from weight_files import assert_refused, bits, datasets, flip
 
 import keras_moe

@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from combinations import covering, usually
-from exports import TOKENS, export, train
-from helpers import (
-    EVERY_LAYER,
-    WIDTH,
-    assert_keeps_no_state,
-    assign_random_weights,
-    examples,
-    language_model,
-    next_words,
-)
+from exports import TOKENS, assert_keeps_no_state, export, train
+from helpers import EVERY_LAYER, WIDTH, assign_random_weights, examples, language_model, next_words
 from keras.ops import convert_to_numpy as numpy
 
 import keras_moe
