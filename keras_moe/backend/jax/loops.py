@@ -35,27 +35,28 @@ def gradient_of_kernel(rows, upstream, rows_per_expert):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
     dtype = jnp.promote_types(rows.dtype, jnp.float32)  # of sums of several pieces
 
-    def product(pieces):
-        return jnp.matmul(pieces[0].T, pieces[1], preferred_element_type=dtype)
-
-    def first_turn(expert, sums):
-        begin = ends[expert] - rows_per_expert[expert]
-        mine = _piece(tables, begin, ends[expert], size)
-        return jax.lax.dynamic_update_index_in_dim(sums, product(mine), expert, 0)
-
     def turn(expert, first, pieces, sums):
         before = jax.lax.dynamic_index_in_dim(sums, expert, keepdims=False)
-        sum_ = before + product(pieces)
-        return jax.lax.dynamic_update_index_in_dim(sums, sum_, expert, 0)
+        product = jnp.matmul(pieces[0].T, pieces[1], preferred_element_type=dtype)
+        return jax.lax.dynamic_update_index_in_dim(sums, before + product, expert, 0)
 
-    number = rows_per_expert.shape[0]
-    size, ends = piece_size(rows.shape[0], number), jnp.cumsum(rows_per_expert)
-    tables = _with_room([rows, upstream], size)
-    sums = jnp.zeros((number, rows.shape[1], upstream.shape[1]), dtype)
-    # Most experts have one piece, whose product is written and not added to what has to be read.
-    sums = jax.lax.fori_loop(0, number, first_turn, sums)
+    size, tables = piece_size(rows.shape[0], rows_per_expert.shape[0]), [rows, upstream]
+    # Most experts have one piece. All at once their products go straight to where they belong.
+    sums = jnp.einsum(
+        "ncd,ncf->ndf", *_first_pieces(tables, rows_per_expert, size), preferred_element_type=dtype
+    )
+    tables = _with_room(tables, size)
     sums = _over_pieces(turn, tables, rows_per_expert, size, sums, skipped=1)
     return sums.astype(rows.dtype)
+
+
+def _first_pieces(tables, rows_per_expert, size):
+    """[N, size, ...] of each table: every expert's first rows, zeros behind them."""
+    nth = index_range(size)
+    own = nth < rows_per_expert[:, None]
+    first = (jnp.cumsum(rows_per_expert) - rows_per_expert)[:, None]
+    index = jnp.where(own, first + nth, tables[0].shape[0])
+    return [table.at[index].get(mode="fill", fill_value=0) for table in tables]
 
 
 def _with_room(tables, size):
