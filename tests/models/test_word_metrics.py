@@ -13,6 +13,8 @@ from keras_moe.models import LanguageModel
 
 WEIGHTS = np.array([0.5, 2.0, 0.0])
 CROSS_ENTROPY = "sparse_categorical_crossentropy"
+# Before 3.12 Keras' own metrics leave out padding only if they have weights.
+KERAS_LEAVES_OUT_PADDING = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 12)
 
 
 def total_chance(targets, log_probs):
@@ -50,11 +52,14 @@ def test_metrics_see_the_same_in_training_as_in_evaluation(name, eager):
     )
     x, of_words = inputs(name), TARGETS > 0
     hits = np.argmax(model(x), axis=-1) == TARGETS
+    counted = of_words if KERAS_LEAVES_OUT_PADDING else np.ones_like(of_words)
+    log_probs = ops.convert_to_numpy(model(x))
+    entropies = -np.take_along_axis(log_probs, TARGETS[..., None], axis=-1)[..., 0]
     weights = WEIGHTS[:, None] * of_words
     expected = {
-        "accuracy": np.mean(hits[of_words]),
+        "accuracy": np.mean(hits[counted]),
         "total_chance": 1.0,
-        CROSS_ENTROPY: np.sum(losses(model, name)) / np.sum(of_words),
+        CROSS_ENTROPY: np.mean(entropies[counted]),
         "weighted": np.sum(hits * weights) / np.sum(weights),
     }
     data = {"sample_weight": WEIGHTS, "validation_data": (x, TARGETS, WEIGHTS)}
