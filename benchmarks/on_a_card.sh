@@ -11,7 +11,8 @@ export TF_CPP_MIN_LOG_LEVEL=3 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONU
 
 part() {  # name, share of the time in percent, command
     local name=$1 limit=$((seconds * $2 / 100)) start=$SECONDS
-    timeout "$limit" "${@:3}" >"$folder/$name.log" 2>&1
+    # Interrupted, pytest still tells which tests have failed so far.
+    timeout --signal INT --kill-after 30 "$limit" "${@:3}" >"$folder/$name.log" 2>&1
     echo "$name: exit status $? after $((SECONDS - start)) of $limit s: $(tail -n 1 "$folder/$name.log")"
 }
 
