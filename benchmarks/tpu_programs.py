@@ -11,6 +11,9 @@ import argparse
 import contextlib
 import math
 import os
+import pathlib
+import tempfile
+from typing import NamedTuple
 from unittest import mock
 
 # A TPU belongs to one process, and libtpu would ask the network who it is. Here there is none.
@@ -138,7 +141,19 @@ def lower(name, capacity, devices, **options):
         return model, step.lower(state, (tokens, tokens))
 
 
-def formulas(name, model, capacity, num_chips):
+def compile_step(lowered):
+    """Compiles what `lower` returns: the compiled step, and its text as libtpu writes it.
+
+    jaxlib can't read what runs on the SparseCores of a v6e, so `as_text()` fails there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        return compiled, path.read_text()
+
+
+def formulas(name, model, num_chips):
     """Operations of a step and bytes of its arguments, both for one chip.
 
     Operations are two for each multiply-add of the forward pass, and twice as many in the backward
@@ -159,35 +174,71 @@ def formulas(name, model, capacity, num_chips):
     return 6 * words * per_word, 4 * numbers
 
 
+class Measured(NamedTuple):
+    """What a chip does in a step, and what formulas say.
+
+    Attributes:
+        operations: Of all products of the program.
+        expected_operations: The same by the formula.
+        arguments: Bytes of what the step is given.
+        expected_arguments: The same by the formula.
+        temporaries: Bytes of all else while it runs.
+        collectives: What chips send each other, as of `Program`.
+        kernels: How many of them carry matrices of experts.
+    """
+
+    operations: int
+    expected_operations: int
+    arguments: int
+    expected_arguments: int
+    temporaries: int
+    collectives: list
+    kernels: int
+
+
+def measure(name, capacity, devices):
+    """Compiles the step of a model for devices; returns its `Measured`."""
+    model, lowered = lower(name, capacity, devices)
+    compiled, text = compile_step(lowered)
+    # Without a capacity kernels have room for the rows of all chips. An even load fills a chip's
+    # share, and so with a capacity that of the gatings of groups, which drop nothing.
+    program = Program(text, share=1 / len(devices))
+    collectives = program.collectives()
+    shapes = {kernel.shape[1:] for kernel in model.middle.experts.kernels}
+    shapes |= {shape[::-1] for shape in shapes}
+    operations, arguments = formulas(name, model, len(devices))
+    memory = compiled.memory_analysis()
+    return Measured(
+        program.operations(),
+        operations,
+        memory.argument_size_in_bytes,
+        arguments,
+        memory.temp_size_in_bytes,
+        collectives,
+        sum(sizes[-2:] in shapes for _, _, sizes in collectives),
+    )
+
+
 def heads():
     """The first two lines of the table."""
     names = ["model", "TPU", "capacity", "operations", "× formula", "arguments MiB", "formula"]
-    names += ["temporaries MiB", "collectives, the largest first"]
+    names += ["temporaries MiB", "kernels sent", "collectives, the largest first"]
     return f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|"
 
 
-def row(name, topology, capacity, devices):
-    """Compiles, and returns a line of the table."""
-    model, lowered = lower(name, capacity, devices)
-    compiled = lowered.compile()
-    operations, arguments = formulas(name, model, capacity, len(devices))
-    memory = compiled.memory_analysis()
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # jaxlib can't read all that libtpu writes for a v6e.
-        counted, sent = None, "not readable"
-    else:
-        program = Program(text, share=1 if capacity else 1 / len(devices))
-        counted, sent = program.operations(), describe(program.collectives())
+def row(names, measured):
+    """A line of the table: model, TPU and capacity, then what was measured."""
     cells = [
-        f"{counted:.3g}" if counted else "–",
-        f"{counted / operations:.2f}" if counted else "–",
-        f"{memory.argument_size_in_bytes / MIB:.1f}",
-        f"{arguments / MIB:.1f}",
-        f"{memory.temp_size_in_bytes / MIB:.0f}",
-        sent,
+        *names,
+        f"{measured.operations:.3g}",
+        f"{measured.operations / measured.expected_operations:.2f}",
+        f"{measured.arguments / MIB:.1f}",
+        f"{measured.expected_arguments / MIB:.1f}",
+        f"{measured.temporaries / MIB:.0f}",
+        str(measured.kernels),
+        describe(measured.collectives),
     ]
-    return f"| {' | '.join([name, topology, str(capacity), *cells])} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def describe(collectives, most=4):
@@ -216,7 +267,8 @@ def main(arguments=None):
         for capacity in options.capacities:
             factor = None if capacity == "none" else float(capacity)
             for topology in options.topologies:
-                print(row(name, topology, factor, make_topology(topology)), flush=True)
+                measured = measure(name, factor, make_topology(topology))
+                print(row((name, topology, capacity), measured), flush=True)
 
 
 if __name__ == "__main__":
