@@ -90,9 +90,9 @@ class Block(keras.Model):
         return x + self.middle(self.norms[1](x), training=training)
 
 
-def make_model(name, capacity, **options):
+def make_model(name, capacity):
     """A model by its name, its experts divided among the replicas."""
-    options = {"capacity_factor": capacity, "expert_parallel": True, **options}
+    options = {"capacity_factor": capacity, "expert_parallel": True}
     if name == BLOCK:
         model = Block(**options)
         model.build((None, WORDS, BLOCK_WIDTH))
@@ -112,18 +112,26 @@ def make_model(name, capacity, **options):
     return model
 
 
-def lower(name, capacity, devices, **options):
-    """The training step of a model on devices that need not be there: model, lowered step."""
+def build(name, capacity, devices):
+    """A model without values, divided among devices that need not be there; its distribution."""
     mesh = keras.distribution.DeviceMesh((len(devices),), ["batch"], devices)
     distribution = keras.distribution.DataParallel(device_mesh=mesh, auto_shard_dataset=False)
     with distribution.scope(), without_values():
-        model = make_model(name, capacity, **options)
+        model = make_model(name, capacity)
         model.compile(FactoredAdam(), "mse" if name == BLOCK else None, jit_compile=False)
         model.optimizer.build(model.trainable_variables)
+    return model, distribution
+
+
+def lower(name, capacity, devices):
+    """The training step of a model of `build`: model, lowered step."""
+    model, distribution = build(name, capacity, devices)
+    mesh = distribution.device_mesh.backend_mesh
+    with distribution.scope(), without_values():
         tokens = jax.ShapeDtypeStruct(
             (SENTENCES * len(devices), WORDS, *([BLOCK_WIDTH] if name == BLOCK else [])),
             "float32" if name == BLOCK else "int32",
-            sharding=jax.sharding.NamedSharding(mesh.backend_mesh, jax.P("batch")),
+            sharding=jax.sharding.NamedSharding(mesh, jax.P("batch")),
         )
         parts = (
             model.trainable_variables,

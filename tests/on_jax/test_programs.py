@@ -91,7 +91,7 @@ def test_a_step_of_several_tpus_sends_no_experts(capacity, monkeypatch):
 
 
 def test_the_formulas_of_a_chip():
-    model, _ = tpu_programs.lower("MoE-256", 1.25, jax.devices()[:8])
+    model, _ = tpu_programs.build("MoE-256", 1.25, jax.devices()[:8])
     operations, arguments = tpu_programs.formulas("MoE-256", model, 8)
     experts = 256 // 8 * 2 * 512 * 1024
     means = 256 // 8 * 2 * (512 + 1024)  # the factored slots
