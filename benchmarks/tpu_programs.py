@@ -9,7 +9,6 @@ other beside one kernel of the experts that a chip holds. Nothing runs on a TPU.
 
 import argparse
 import contextlib
-import math
 import os
 import pathlib
 import tempfile
@@ -24,19 +23,14 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import jax
 import keras
+import tpu_formulas
+import tpu_models
 from jax.experimental import topologies
 from programs import Program
+from tpu_models import BLOCK, BLOCK_WIDTH, WORDS
 
-from keras_moe import SparseMoE
-from keras_moe.models import LanguageModel, footprint
-from keras_moe.models.presets import get_preset
 from keras_moe.optimizers import FactoredAdam
 
-WORDS = 32  # of a sentence
-SENTENCES = 128  # for each chip
-VOCABULARY = 20_000
-BLOCK = "Transformer block"
-BLOCK_WIDTH, BLOCK_UNITS, BLOCK_EXPERTS, BLOCK_K = 1024, 4096, 64, 2
 MIB = 2**20
 
 
@@ -69,55 +63,12 @@ def without_values():
         yield
 
 
-class Block(keras.Model):
-    """A Transformer block whose feed-forward part is a mixture."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.attention = keras.layers.MultiHeadAttention(16, BLOCK_WIDTH // 16)
-        self.norms = [keras.layers.LayerNormalization() for _ in range(2)]
-        self.middle = SparseMoE(BLOCK_EXPERTS, BLOCK_UNITS, BLOCK_K, **options)
-
-    def build(self, shape):
-        for norm in self.norms:
-            norm.build(shape)
-        self.attention.build(shape, shape)
-        self.middle.build(shape)
-
-    def call(self, x, training=None):
-        y = self.norms[0](x)
-        x = x + self.attention(y, y, training=training)
-        return x + self.middle(self.norms[1](x), training=training)
-
-
-def make_model(name, capacity):
-    """A model by its name, its experts divided among the replicas."""
-    options = {"capacity_factor": capacity, "expert_parallel": True}
-    if name == BLOCK:
-        model = Block(**options)
-        model.build((None, WORDS, BLOCK_WIDTH))
-        return model
-    preset = get_preset(name)
-    middle = preset.make_middle()
-    model = LanguageModel(
-        VOCABULARY,
-        preset.width,
-        type(middle).from_config({**middle.get_config(), **options}),
-        lstm_units=preset.lstm_units,
-        num_lstms=preset.num_lstms,
-        dropout=preset.dropout,
-        num_sampled=None,
-    )
-    model.build((None, WORDS))
-    return model
-
-
 def build(name, capacity, devices):
     """A model without values, divided among devices that need not be there; its distribution."""
     mesh = keras.distribution.DeviceMesh((len(devices),), ["batch"], devices)
     distribution = keras.distribution.DataParallel(device_mesh=mesh, auto_shard_dataset=False)
     with distribution.scope(), without_values():
-        model = make_model(name, capacity)
+        model = tpu_models.make_model(name, capacity)
         model.compile(FactoredAdam(), "mse" if name == BLOCK else None, jit_compile=False)
         model.optimizer.build(model.trainable_variables)
     return model, distribution
@@ -129,7 +80,7 @@ def lower(name, capacity, devices):
     mesh = distribution.device_mesh.backend_mesh
     with distribution.scope(), without_values():
         tokens = jax.ShapeDtypeStruct(
-            (SENTENCES * len(devices), WORDS, *([BLOCK_WIDTH] if name == BLOCK else [])),
+            (tpu_models.SENTENCES * len(devices), WORDS, *([BLOCK_WIDTH] if name == BLOCK else [])),
             "float32" if name == BLOCK else "int32",
             sharding=jax.sharding.NamedSharding(mesh, jax.P("batch")),
         )
@@ -161,45 +112,22 @@ def compile_step(lowered):
         return compiled, path.read_text()
 
 
-def formulas(name, model, num_chips):
-    """Operations of a step and bytes of its arguments, both for one chip.
-
-    Operations are two for each multiply-add of the forward pass, and twice as many in the backward
-    pass. Weights are in float32, each with its slots.
-    """
-    words = SENTENCES * WORDS
-    if name == BLOCK:
-        per_word = 4 * BLOCK_WIDTH**2 + 2 * WORDS * BLOCK_WIDTH + 2 * BLOCK_WIDTH * BLOCK_EXPERTS
-        per_word += 2 * BLOCK_K * BLOCK_WIDTH * BLOCK_UNITS
-        inputs = 2 * words * BLOCK_WIDTH
-    else:
-        per_word = footprint(model).ops_per_timestep + model.width * VOCABULARY
-        inputs = 2 * words
-    numbers = inputs
-    for variable in (*model.variables, *model.optimizer.variables):
-        divided = variable._layout is not None and any(variable._layout.axes)
-        numbers += math.prod(variable.shape) // (num_chips if divided else 1)
-    return 6 * words * per_word, 4 * numbers
-
-
 class Measured(NamedTuple):
     """What a chip does in a step, and what formulas say.
 
     Attributes:
         operations: Of all products of the program.
-        expected_operations: The same by the formula.
         arguments: Bytes of what the step is given.
-        expected_arguments: The same by the formula.
         temporaries: Bytes of all else while it runs.
+        expected: The same three by the formulas.
         collectives: What chips send each other, as of `Program`.
         kernels: How many of them carry matrices of experts.
     """
 
     operations: int
-    expected_operations: int
     arguments: int
-    expected_arguments: int
     temporaries: int
+    expected: tuple
     collectives: list
     kernels: int
 
@@ -214,14 +142,16 @@ def measure(name, capacity, devices):
     collectives = program.collectives()
     shapes = {kernel.shape[1:] for kernel in model.middle.experts.kernels}
     shapes |= {shape[::-1] for shape in shapes}
-    operations, arguments = formulas(name, model, len(devices))
     memory = compiled.memory_analysis()
     return Measured(
         program.operations(),
-        operations,
         memory.argument_size_in_bytes,
-        arguments,
         memory.temp_size_in_bytes,
+        (
+            tpu_formulas.operations(name, model),
+            tpu_formulas.arguments(name, model, len(devices)),
+            tpu_formulas.temporaries(name, model, len(devices)),
+        ),
         collectives,
         sum(sizes[-2:] in shapes for _, _, sizes in collectives),
     )
@@ -230,22 +160,17 @@ def measure(name, capacity, devices):
 def heads():
     """The first two lines of the table."""
     names = ["model", "TPU", "capacity", "operations", "× formula", "arguments MiB", "formula"]
-    names += ["temporaries MiB", "kernels sent", "collectives, the largest first"]
+    names += ["temporaries MiB", "formula", "kernels sent", "collectives, the largest first"]
     return f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|"
 
 
 def row(names, measured):
     """A line of the table: model, TPU and capacity, then what was measured."""
-    cells = [
-        *names,
-        f"{measured.operations:.3g}",
-        f"{measured.operations / measured.expected_operations:.2f}",
-        f"{measured.arguments / MIB:.1f}",
-        f"{measured.expected_arguments / MIB:.1f}",
-        f"{measured.temporaries / MIB:.0f}",
-        str(measured.kernels),
-        describe(measured.collectives),
-    ]
+    operations, *sizes = measured.expected
+    cells = [*names, f"{measured.operations:.3g}", f"{measured.operations / operations:.2f}"]
+    for pair in zip((measured.arguments, measured.temporaries), sizes, strict=True):
+        cells += [f"{size / MIB:.1f}" for size in pair]
+    cells += [str(measured.kernels), describe(measured.collectives)]
     return f"| {' | '.join(cells)} |"
 
 
