@@ -103,7 +103,7 @@ def lower(name, capacity, devices):
 def compile_step(lowered):
     """Compiles what `lower` returns: the compiled step, and its text as libtpu writes it.
 
-    jaxlib can't read what runs on the SparseCores of a v6e, so `as_text()` fails there.
+    jaxlib can't read all that runs on the SparseCores of a v6e, so `as_text()` may fail there.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}

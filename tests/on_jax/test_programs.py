@@ -24,10 +24,14 @@ OF_EXPERTS = {"forward": 4 * ROWS * D * F, "gradients": 12 * ROWS * D * F}
 # example, and up to three times that with its gradients.
 OF_GATING = {"forward": 4 * T * D * N, "gradients": 12 * T * D * N}
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs libtpu, of `pip install keras_moe[tpu]`, which `make test` doesn't install",
-)
+
+@pytest.fixture
+def libtpu(monkeypatch):
+    """Skips a test without libtpu, which ends the process for a flag of CPUs in `XLA_FLAGS`."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu, of `pip install keras_moe[tpu]`, which `make test` leaves out")
+    jax.devices()  # CPUs have read their flags by now.
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 def lowered(work, device=None):
@@ -67,7 +71,7 @@ def test_a_cpu_computes_at_most_2_2_times_the_rows_of_the_chosen_experts(work):
     assert found >= OF_EXPERTS[work]
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("work", OF_EXPERTS)
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v4:2x2x1"])
 def test_a_tpu_computes_at_most_2_2_times_the_rows_of_the_chosen_experts(topology, work):
@@ -78,12 +82,12 @@ def test_a_tpu_computes_at_most_2_2_times_the_rows_of_the_chosen_experts(topolog
     assert OF_EXPERTS[work] <= found <= 2.2 * OF_EXPERTS[work] + OF_GATING[work]
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("capacity", [1.25, None])
 def test_a_step_of_several_tpus_sends_no_experts(capacity, monkeypatch):
     small = dataclasses.replace(PRESETS["MoE-256-h"].scaled(128), num_experts=16, num_groups=4)
     monkeypatch.setattr(tpu_models, "VOCABULARY", 200)
-    monkeypatch.setattr(tpu_models, "SENTENCES", 16)
+    monkeypatch.setattr(tpu_models, "SENTENCES", 24)  # and 384 rows in a round, as no kernel has
     found = tpu_programs.measure(small, capacity, tpu_programs.make_topology("v6e:2x2"))
     operations, arguments, _ = found.expected
     assert 1 <= found.operations / operations <= 2.2
