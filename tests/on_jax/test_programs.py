@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 
 import jax
+import keras
 import numpy as np
 import pytest
 import tpu_formulas
@@ -97,6 +98,10 @@ def test_a_step_of_several_tpus_sends_no_experts(capacity, monkeypatch):
     assert "all-to-all" in {name for name, _, _ in found.collectives}
 
 
+@pytest.mark.skipif(
+    tuple(map(int, keras.__version__.split(".")[:2])) < (3, 15),
+    reason="tpu_programs.py makes variables without values by methods that Keras 3.15 has",
+)
 def test_the_formulas_of_a_chip():
     model, _ = tpu_programs.build("MoE-256", 1.25, jax.devices()[:8])
     experts = 256 // 8 * 2 * 512 * 1024
