@@ -6,12 +6,17 @@ XLA's own analysis counts the body of a loop once, and of a kernel what its auth
 import math
 import re
 
+import numpy as np
+
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-_COLLECTIVES = "all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute"
+_COLLECTIVES = """
+    all-to-all ragged-all-to-all all-reduce all-gather reduce-scatter collective-permute
+    collective-broadcast
+""".split()
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}
 
 
@@ -63,7 +68,7 @@ class Program:
         if opcode == "dot":
             return 2 * _number(shape) * self._contracted(rest)
         if opcode == "convolution":
-            return 2 * _number(shape) * self._of_convolution(rest)
+            return 2 * self._of_convolution(shape, rest)
         if 'custom_call_target="tpu_custom_call"' in rest:
             return _of_kernel(shape, rest, self.share)
         if found := _BRANCHES.search(rest):
@@ -78,22 +83,35 @@ class Program:
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)[1]
         return math.prod(sizes[int(axis)] for axis in axes.split(","))
 
-    def _of_convolution(self, rest):
-        """Of a convolution, as TPUs have all products: the features, and what a window adds up."""
-        kernel = re.search(r"dim_labels=\w+_(\w+)->", rest)[1]
-        number = self._operand(rest, 1)[kernel.index("i")]
-        window = re.search(r"window=\{([^}]*)\}", rest)
-        if not window:
-            return number
-        options = dict(part.split("=") for part in window[1].split())
-        sizes, dilations = (
-            list(map(int, options.get(name, "").split("x"))) if name in options else None
-            for name in ("size", "lhs_dilate")
+    def _of_convolution(self, shape, rest):
+        """Of a convolution, as TPUs have all products, batches as windows: pairs of numbers.
+
+        What a window meets of padding and between the entries of what is dilated is not there.
+        """
+        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest).groups()
+        shapes = self._operand(rest, 0), self._operand(rest, 1), _sizes(_SHAPE.search(shape)[2])
+        given, kernel, result = (
+            dict(zip(axes, sizes, strict=True)) for axes, sizes in zip(labels, shapes, strict=True)
         )
-        # A dilation as large as the window is how a batch is said: each has one entry.
-        for size, dilation in zip(sizes, dilations or [1] * len(sizes), strict=True):
-            number *= -(-size // dilation)
-        return number
+        pairs = result["b"] * result["f"] * kernel["i"]
+        window = re.search(r"window=\{([^}]*)\}", rest)
+        options = dict(part.split("=") for part in window[1].split()) if window else {}
+        for axis in range(len(result) - 2):
+            name = str(axis)
+            low, stride, apart, spread = (
+                int(options[key].split("x")[axis].split("_")[0]) if key in options else default
+                for key, default in [
+                    ("pad", 0),
+                    ("stride", 1),
+                    ("lhs_dilate", 1),
+                    ("rhs_dilate", 1),
+                ]
+            )
+            starts = np.arange(result[name])[:, None] * stride - low
+            places = starts + np.arange(kernel[name]) * spread
+            there = (places >= 0) & (places <= (given[name] - 1) * apart) & (places % apart == 0)
+            pairs *= int(there.sum())
+        return pairs
 
     def _operand(self, rest, index):
         """The shape of an operand, which stands beside its name or where that is defined."""

@@ -9,8 +9,10 @@ other beside one kernel of the experts that a chip holds. Nothing runs on a TPU.
 
 import argparse
 import contextlib
-import math
 import os
+import pathlib
+import tempfile
+from typing import NamedTuple
 from unittest import mock
 
 # A TPU belongs to one process, and libtpu would ask the network who it is. Here there is none.
@@ -21,19 +23,14 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import jax
 import keras
+import tpu_formulas
+import tpu_models
 from jax.experimental import topologies
 from programs import Program
+from tpu_models import BLOCK, BLOCK_WIDTH, WORDS
 
-from keras_moe import SparseMoE
-from keras_moe.models import LanguageModel, footprint
-from keras_moe.models.presets import get_preset
 from keras_moe.optimizers import FactoredAdam
 
-WORDS = 32  # of a sentence
-SENTENCES = 128  # for each chip
-VOCABULARY = 20_000
-BLOCK = "Transformer block"
-BLOCK_WIDTH, BLOCK_UNITS, BLOCK_EXPERTS, BLOCK_K = 1024, 4096, 64, 2
 MIB = 2**20
 
 
@@ -66,61 +63,26 @@ def without_values():
         yield
 
 
-class Block(keras.Model):
-    """A Transformer block whose feed-forward part is a mixture."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.attention = keras.layers.MultiHeadAttention(16, BLOCK_WIDTH // 16)
-        self.norms = [keras.layers.LayerNormalization() for _ in range(2)]
-        self.middle = SparseMoE(BLOCK_EXPERTS, BLOCK_UNITS, BLOCK_K, **options)
-
-    def build(self, shape):
-        for norm in self.norms:
-            norm.build(shape)
-        self.attention.build(shape, shape)
-        self.middle.build(shape)
-
-    def call(self, x, training=None):
-        y = self.norms[0](x)
-        x = x + self.attention(y, y, training=training)
-        return x + self.middle(self.norms[1](x), training=training)
-
-
-def make_model(name, capacity, **options):
-    """A model by its name, its experts divided among the replicas."""
-    options = {"capacity_factor": capacity, "expert_parallel": True, **options}
-    if name == BLOCK:
-        model = Block(**options)
-        model.build((None, WORDS, BLOCK_WIDTH))
-        return model
-    preset = get_preset(name)
-    middle = preset.make_middle()
-    model = LanguageModel(
-        VOCABULARY,
-        preset.width,
-        type(middle).from_config({**middle.get_config(), **options}),
-        lstm_units=preset.lstm_units,
-        num_lstms=preset.num_lstms,
-        dropout=preset.dropout,
-        num_sampled=None,
-    )
-    model.build((None, WORDS))
-    return model
-
-
-def lower(name, capacity, devices, **options):
-    """The training step of a model on devices that need not be there: model, lowered step."""
+def build(name, capacity, devices):
+    """A model without values, divided among devices that need not be there; its distribution."""
     mesh = keras.distribution.DeviceMesh((len(devices),), ["batch"], devices)
     distribution = keras.distribution.DataParallel(device_mesh=mesh, auto_shard_dataset=False)
     with distribution.scope(), without_values():
-        model = make_model(name, capacity, **options)
+        model = tpu_models.make_model(name, capacity)
         model.compile(FactoredAdam(), "mse" if name == BLOCK else None, jit_compile=False)
         model.optimizer.build(model.trainable_variables)
+    return model, distribution
+
+
+def lower(name, capacity, devices):
+    """The training step of a model of `build`: model, lowered step."""
+    model, distribution = build(name, capacity, devices)
+    mesh = distribution.device_mesh.backend_mesh
+    with distribution.scope(), without_values():
         tokens = jax.ShapeDtypeStruct(
-            (SENTENCES * len(devices), WORDS, *([BLOCK_WIDTH] if name == BLOCK else [])),
+            (tpu_models.SENTENCES * len(devices), WORDS, *([BLOCK_WIDTH] if name == BLOCK else [])),
             "float32" if name == BLOCK else "int32",
-            sharding=jax.sharding.NamedSharding(mesh.backend_mesh, jax.P("batch")),
+            sharding=jax.sharding.NamedSharding(mesh, jax.P("batch")),
         )
         parts = (
             model.trainable_variables,
@@ -138,56 +100,78 @@ def lower(name, capacity, devices, **options):
         return model, step.lower(state, (tokens, tokens))
 
 
-def formulas(name, model, capacity, num_chips):
-    """Operations of a step and bytes of its arguments, both for one chip.
+def compile_step(lowered):
+    """Compiles what `lower` returns: the compiled step, and its text as libtpu writes it.
 
-    Operations are two for each multiply-add of the forward pass, and twice as many in the backward
-    pass. Weights are in float32, each with its slots.
+    jaxlib can't read all that runs on the SparseCores of a v6e, so `as_text()` may fail there.
     """
-    words = SENTENCES * WORDS
-    if name == BLOCK:
-        per_word = 4 * BLOCK_WIDTH**2 + 2 * WORDS * BLOCK_WIDTH + 2 * BLOCK_WIDTH * BLOCK_EXPERTS
-        per_word += 2 * BLOCK_K * BLOCK_WIDTH * BLOCK_UNITS
-        inputs = 2 * words * BLOCK_WIDTH
-    else:
-        per_word = footprint(model).ops_per_timestep + model.width * VOCABULARY
-        inputs = 2 * words
-    numbers = inputs
-    for variable in (*model.variables, *model.optimizer.variables):
-        divided = variable._layout is not None and any(variable._layout.axes)
-        numbers += math.prod(variable.shape) // (num_chips if divided else 1)
-    return 6 * words * per_word, 4 * numbers
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        return compiled, path.read_text()
+
+
+class Measured(NamedTuple):
+    """What a chip does in a step, and what formulas say.
+
+    Attributes:
+        operations: Of all products of the program.
+        arguments: Bytes of what the step is given.
+        temporaries: Bytes of all else while it runs.
+        expected: The same three by the formulas.
+        collectives: What chips send each other, as of `Program`.
+        kernels: How many of them carry matrices of experts.
+    """
+
+    operations: int
+    arguments: int
+    temporaries: int
+    expected: tuple
+    collectives: list
+    kernels: int
+
+
+def measure(name, capacity, devices):
+    """Compiles the step of a model for devices; returns its `Measured`."""
+    model, lowered = lower(name, capacity, devices)
+    compiled, text = compile_step(lowered)
+    # Without a capacity kernels have room for the rows of all chips. An even load fills a chip's
+    # share, and so with a capacity that of the gatings of groups, which drop nothing.
+    program = Program(text, share=1 / len(devices))
+    collectives = program.collectives()
+    shapes = {kernel.shape[1:] for kernel in model.middle.experts.kernels}
+    shapes |= {shape[::-1] for shape in shapes}
+    memory = compiled.memory_analysis()
+    return Measured(
+        program.operations(),
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        (
+            tpu_formulas.operations(name, model),
+            tpu_formulas.arguments(name, model, len(devices)),
+            tpu_formulas.temporaries(name, model, len(devices)),
+        ),
+        collectives,
+        sum(sizes[-2:] in shapes for _, _, sizes in collectives),
+    )
 
 
 def heads():
     """The first two lines of the table."""
     names = ["model", "TPU", "capacity", "operations", "× formula", "arguments MiB", "formula"]
-    names += ["temporaries MiB", "collectives, the largest first"]
+    names += ["temporaries MiB", "formula", "kernels sent", "collectives, the largest first"]
     return f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|"
 
 
-def row(name, topology, capacity, devices):
-    """Compiles, and returns a line of the table."""
-    model, lowered = lower(name, capacity, devices)
-    compiled = lowered.compile()
-    operations, arguments = formulas(name, model, capacity, len(devices))
-    memory = compiled.memory_analysis()
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # jaxlib can't read all that libtpu writes for a v6e.
-        counted, sent = None, "not readable"
-    else:
-        program = Program(text, share=1 if capacity else 1 / len(devices))
-        counted, sent = program.operations(), describe(program.collectives())
-    cells = [
-        f"{counted:.3g}" if counted else "–",
-        f"{counted / operations:.2f}" if counted else "–",
-        f"{memory.argument_size_in_bytes / MIB:.1f}",
-        f"{arguments / MIB:.1f}",
-        f"{memory.temp_size_in_bytes / MIB:.0f}",
-        sent,
-    ]
-    return f"| {' | '.join([name, topology, str(capacity), *cells])} |"
+def row(names, measured):
+    """A line of the table: model, TPU and capacity, then what was measured."""
+    operations, *sizes = measured.expected
+    cells = [*names, f"{measured.operations:.3g}", f"{measured.operations / operations:.2f}"]
+    for pair in zip((measured.arguments, measured.temporaries), sizes, strict=True):
+        cells += [f"{size / MIB:.1f}" for size in pair]
+    cells += [str(measured.kernels), describe(measured.collectives)]
+    return f"| {' | '.join(cells)} |"
 
 
 def describe(collectives, most=4):
@@ -216,7 +200,8 @@ def main(arguments=None):
         for capacity in options.capacities:
             factor = None if capacity == "none" else float(capacity)
             for topology in options.topologies:
-                print(row(name, topology, factor, make_topology(topology)), flush=True)
+                measured = measure(name, factor, make_topology(topology))
+                print(row((name, topology, capacity), measured), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A TPU that is not there: its strategy, what one of its chips would run, and that compiled.
+"""A TPU that is not there: its strategy, and what one of its chips would run.
 
 `TPUStrategy` asks for the names of TPU cores, and TensorFlow puts on the host what it finds no
 device for. So a host without TPUs traces the function of a replica, as it will run there. It can't
@@ -7,14 +7,12 @@ compile it: the package has no kernels for TPUs, and none at all for the two col
 - the function of one chip is traced without `tpu.replicate`, so that it can be lowered by the
   kernels that TensorFlow has for XLA on any device;
 - `AllToAll` and `CrossReplicaSum` are replaced by other operations of TensorFlow that become the
-  same instructions of XLA, all-to-all and all-reduce;
-- libtpu compiles the result for a topology that it is told.
+  same instructions of XLA, all-to-all and all-reduce.
 
-Checked with TensorFlow 2.21, jax 0.10.2 and libtpu 0.0.52, of which much of this is not public.
+Checked with TensorFlow 2.21 and jax 0.10.2, of which much of this is not public.
 """
 
 import contextlib
-import os
 from types import SimpleNamespace
 from unittest import mock
 
@@ -24,8 +22,6 @@ from tensorflow.python.distribute.tpu_strategy import _TPUReplicaContext
 from tensorflow.python.ops import gen_tpu_ops
 from tensorflow.python.tpu.tpu_function import tpu_shard_context
 from tensorflow.python.tpu.tpu_replication import TPUReplicateContext
-
-from keras_moe.backend.tensorflow import replicas as internals
 
 _ALL_TO_ALL = """
 func.func public @main(%x: {type}) -> {type} {{
@@ -37,46 +33,27 @@ func.func public @main(%x: {type}) -> {type} {{
 }}"""
 
 
-def make_strategy(num_replicas, num_held=None, packed=False):
+def make_strategy(num_replicas, packed=False):
     """A `TPUStrategy` without TPUs.
 
     Args:
         num_replicas: R.
-        num_held: How many replicas' parts of each variable there are; the first alone need memory
-            for a part. Default: R.
         packed: Whether functions capture one handle for the parts of a variable, as `TPUStrategy`
             has it. Assignments then find a part by its device, and here all are on the same.
     """
-    num_held = num_held or num_replicas
     name = "/job:localhost/replica:0/task:0/device:TPU:{}"
     metadata = tf.tpu.experimental.TPUSystemMetadata(
         num_cores=num_replicas,
         num_hosts=1,
         num_of_cores_per_host=num_replicas,
         topology=None,
-        devices=[SimpleNamespace(name=name.format(i)) for i in range(num_held)],
+        devices=[SimpleNamespace(name=name.format(i)) for i in range(num_replicas)],
     )
     strategy = tf.distribute.TPUStrategy(
         SimpleNamespace(get_tpu_system_metadata=lambda: metadata, cluster_spec=lambda: None)
     )
     strategy._enable_packed_variable_in_eager_mode = packed
-    if num_held < num_replicas:
-        strategy.extended._get_replica_id_in_sync_group = lambda replica: replica
     return strategy
-
-
-@contextlib.contextmanager
-def building(strategy):
-    """The scope of a strategy; what a chip does not hold reads as more of what the first one does.
-
-    Layers that read the whole of a variable while they are built want to know its shape alone.
-    """
-
-    def repeat(strategy, rows):
-        return tf.concat([rows] * strategy.num_replicas_in_sync, axis=0)
-
-    with strategy.scope(), mock.patch.object(internals, "gather_from_workers", repeat):
-        yield
 
 
 def of_one_chip(strategy, function):
@@ -165,18 +142,6 @@ def _collectives_for_any_device():
         yield
 
 
-def make_topology(name):
-    """The chips of a TPU, as "v5e:2x4" or "v4:2x2x2"; the two cores of a v4 work as one."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # It would ask the network who it is.
-    # A TPU belongs to one process. Here there is none, and another may compile, too, or have died.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from jax.experimental import topologies
-
-    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
-    return topologies.get_topology_desc(name, "tpu", **options)
-
-
 @contextlib.contextmanager
 def reading(module):
     """What `lower` returns as a module of MLIR, which lasts as long as the context."""
@@ -212,14 +177,3 @@ def options_for(devices):
         device_assignment=np.arange(len(devices))[:, None],
     )
     return _jax.DeviceList(tuple(devices)), options
-
-
-def compile_module(module, topology):
-    """Compiles what `lower` returns for all chips of a topology.
-
-    Returns:
-        An executable of jaxlib, with `get_compiled_memory_stats()` and `hlo_modules()`.
-    """
-    chips = topology.devices
-    with reading(module) as module:
-        return chips[0].client.compile(module, *options_for(chips))
