@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+import importlib.util
 import os
 
 import keras
@@ -14,7 +15,8 @@ if keras.config.backend() == "jax":
     # compiling programs that run once: they are not optimized, and their loops made in the older
     # way of XLA, as long as it has one, which takes a quarter of the time.
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-    if jax.__version_info__ < (0, 11):
+    # libtpu ends a process whose flags it doesn't know.
+    if jax.__version_info__ < (0, 11) and importlib.util.find_spec("libtpu") is None:
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     jax.config.update("jax_disable_most_optimizations", True)
