@@ -2,7 +2,11 @@
 
 A piece has a number of places that is known, and the number of pieces depends on the load. So
 experts without rows cost nothing, and each of the others leaves places empty in its last piece.
+
+Eagerly JAX would compile a loop anew at each call, so both products are compiled as a whole.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,7 @@ _PLACES = 8, 128  # of a piece: a multiple of the first, at most the second
 _UNKNOWN = 64  # the places of a piece where a symbolic call doesn't know the number of rows
 
 
+@functools.partial(jax.jit, static_argnames=("precision", "transposed"))
 def times(rows, kernel, rows_per_expert, precision=None, transposed=False):
     """Each row times its expert's matrix, or the transposed one; zeros behind the last expert's."""
 
@@ -31,6 +36,7 @@ def times(rows, kernel, rows_per_expert, precision=None, transposed=False):
     return jnp.where(behind[:, None], jnp.zeros((), y.dtype), y)
 
 
+@jax.jit
 def gradient_of_kernel(rows, upstream, rows_per_expert):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
     dtype = jnp.promote_types(rows.dtype, jnp.float32)  # of sums of several pieces
