@@ -13,8 +13,8 @@ or 8, with its dropout and balance losses, all of its sizes scaled to `--width`.
 
 The script shows perplexity on held-out text, what some experts have specialised in (Table 9), and
 sentences that the model writes, draws the curves, exports the model and queries the export from
-another process. With `KERAS_BACKEND=jax` it trains on JAX, and saves the model in place of the
-export, which TensorFlow alone can do.
+another process. With `KERAS_BACKEND=jax` it trains on JAX, where TensorFlow needn't be installed,
+and saves the model in place of the export, which TensorFlow alone can do.
 """
 
 import pathlib
