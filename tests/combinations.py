@@ -40,6 +40,7 @@ def pytest_collection_modifyitems(items):
     """Marks what can be left out."""
     strength = 1 if keras.config.backend() == "jax" else 2
     marked = [item for item in items if item.get_closest_marker("covering")]
+    marked = [item for item in marked if not item.get_closest_marker("exhaustive")]
     for _, tests in itertools.groupby(marked, lambda item: item.nodeid.partition("[")[0]):
         tests = list(tests)
         if len(tests) > 1:

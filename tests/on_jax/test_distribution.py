@@ -84,7 +84,7 @@ def trained(num_replicas):
     return model, history
 
 
-@pytest.mark.parametrize("num_replicas", [*usually([], [2]), 4, 8])
+@pytest.mark.parametrize("num_replicas", [*usually([], [2, 4]), 8])
 def test_replicas_train_as_one_device(num_replicas):
     (got, history), (expected, wanted) = trained(num_replicas), trained(1)
     assert history.keys() == wanted.keys()  # Among them the balance and the fraction dropped.
@@ -205,12 +205,13 @@ def test_a_number_of_examples_that_replicas_do_not_divide(make, capacity):
 
 @pytest.mark.parametrize("number", [3, *usually([], [1])])
 def test_a_batch_that_replicas_do_not_divide(number):
-    """A number of sequences of two examples, one of which is masked."""
-    one, four = (trained(num_replicas)[0] for num_replicas in (1, 4))
+    """A number of sequences of two examples, one of which is masked: 8 replicas for 6 examples."""
+    one, eight = (trained(num_replicas)[0] for num_replicas in (1, 8))
     answers = []
-    for model, num_replicas in ((one, 1), (four, 4)):
+    for model, num_replicas in ((one, 1), (eight, 8)):
         keras.distribution.set_distribution(data_parallel(num_replicas))
-        model.set_weights(one.get_weights())
+        if model is eight:
+            model.set_weights(one.get_weights())
         answers.append(model.predict_on_batch(data()[0][:number]))
     np.testing.assert_allclose(*answers, rtol=1e-5, atol=1e-6)
 
