@@ -18,11 +18,10 @@ FROZEN_PEERS := tensor2tensor==1.15.7 tf-models-official==2.20.0
 GPU_TESTS := $(addprefix tests/,test_gpu.py test_losses.py backend gating experts dispatch mixture \
     layers models optimizers surgery)
 JAX_TESTS := $(addprefix tests/,on_jax test_architecture.py test_losses.py backend/test_backends.py \
-    oracle dispatch gating contract/test_inputs.py contract/test_own_losses.py \
+    dispatch gating contract saving surgery/test_upcycle_model.py optimizers/test_schedules.py \
     $(addprefix experts/test_,feed_forward.py int8.py layer_experts.py) \
-    $(addprefix mixture/test_,sparse_moe.py hierarchical_moe.py survival_inputs.py) models/test_beam_search.py \
-    models/test_footprint.py models/test_sampling.py models/test_translate.py \
-    optimizers/test_schedules.py)
+    $(addprefix mixture/test_,sparse_moe.py hierarchical_moe.py survival_inputs.py survival_training.py) \
+    $(addprefix models/test_,beam_search.py footprint.py sampling.py translate.py))
 TWO_GPU_TESTS := tests/test_gpu.py $(wildcard tests/distribute/test_distribute*.py)
 
 # The stamp is written last, so an interrupted installation leaves none. It names the interpreter

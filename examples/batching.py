@@ -9,8 +9,7 @@ targets [w1, ..., wn, eos].
 
 import keras
 import numpy as np
-import tensorflow as tf
-from vocabulary import EOS_ID
+from word_ids import EOS_ID
 
 # With JAX each shape is compiled anew, so there are few, with more padding in them.
 STATIC = keras.config.backend() == "jax"
@@ -22,10 +21,11 @@ def batches(sentences, words_per_batch, max_length=64, seed=None, epochs=1):
 
     Every word and every end of sentence is a target exactly once per epoch: a sentence too long
     is cut into even pieces, each of which starts from the last word of the one before. Nothing
-    random comes from global state, so equal arguments give equal batches in equal order.
+    random comes from global state, so equal arguments give equal batches in equal order. With JAX
+    they are other ones, of the same words: rows are of like length as far as 16 lengths go.
 
     Args:
-        sentences: What `vocabulary.encode` returns.
+        sentences: What `vocabulary.encode` or `plain_vocabulary.encode` returns.
         words_per_batch: The most positions B * L of a batch, padding included. With JAX so many
             as far as L divides them, filled with sentences of padding alone.
         max_length: The most positions L of a sentence, its end included.
@@ -34,6 +34,7 @@ def batches(sentences, words_per_batch, max_length=64, seed=None, epochs=1):
 
     Returns:
         A `tf.data.Dataset` of pairs (inputs, targets), both int32 [B, L], of known cardinality.
+        With JAX a `keras.utils.PyDataset` of arrays, of the same length.
 
     Raises:
         ValueError: A sentence of `max_length` does not fit into `words_per_batch`.
@@ -43,30 +44,70 @@ def batches(sentences, words_per_batch, max_length=64, seed=None, epochs=1):
             "max_length must be between 1 and words_per_batch. Received: "
             f"max_length={max_length}, words_per_batch={words_per_batch}"
         )
-    eos = tf.fill([sentences.nrows(), 1], EOS_ID)
-    lengths = _even_pieces(sentences.row_lengths().numpy() + 1, max_length)
-    inputs, targets = (
-        tf.RaggedTensor.from_row_lengths(tf.concat(parts, axis=1).flat_values, lengths)
-        for parts in ([eos, sentences], [sentences, eos])
-    )
-
+    words = np.asarray(sentences.flat_values)
+    starts_and_end = np.concatenate([[0], np.cumsum(sentences.row_lengths())])
+    lengths = _even_pieces(np.diff(starts_and_end) + 1, max_length)
+    flat = [
+        np.insert(words, places, EOS_ID) for places in (starts_and_end[:-1], starts_and_end[1:])
+    ]
     rows = schedule(lengths, words_per_batch, max_length, seed, epochs)
+    if STATIC:
+        return Filled(flat, lengths, rows, words_per_batch, max_length)
 
-    def padded(words):
-        if not STATIC:
-            return words.to_tensor()
-        longest = tf.reduce_max(words.row_lengths())
-        longest = tf.minimum(-(-longest // _BUCKET_WIDTH) * _BUCKET_WIDTH, max_length)
-        return words.to_tensor(shape=[words_per_batch // longest, longest])
+    import tensorflow as tf
 
-    dataset = tf.data.Dataset.from_tensor_slices(rows).map(
-        lambda rows: tuple(padded(tf.gather(words, rows)) for words in (inputs, targets))
+    inputs, targets = (tf.RaggedTensor.from_row_lengths(ids, lengths) for ids in flat)
+    return dataset(
+        rows, lambda rows: tuple(tf.gather(x, rows).to_tensor() for x in (inputs, targets))
     )
-    return dataset.prefetch(tf.data.AUTOTUNE)
+
+
+class Filled(keras.utils.PyDataset):
+    """Batches of few shapes, each with as many rows as it has room for.
+
+    Args:
+        flat: The inputs and the targets of all rows, one behind the other.
+        lengths: The lengths of the rows.
+        rows: List with the rows of each batch.
+        words_per_batch: The most positions of a batch.
+        max_length: The most positions of a row.
+    """
+
+    def __init__(self, flat, lengths, rows, words_per_batch, max_length):
+        super().__init__()
+        self.flat, self.lengths, self.rows = flat, lengths, rows
+        self.starts = np.cumsum(lengths) - lengths
+        self.words_per_batch, self.max_length = words_per_batch, max_length
+
+    def __len__(self):
+        """The number of batches."""
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        """A batch: inputs and targets."""
+        rows = self.rows[index]
+        longest = -(-self.lengths[rows].max() // _BUCKET_WIDTH) * _BUCKET_WIDTH
+        longest = min(longest, self.max_length)
+        place = np.arange(longest)
+        is_word = place < self.lengths[rows, None]
+        words = (self.starts[rows, None] + place)[is_word]
+        batch = np.zeros((2, self.words_per_batch // longest, longest), "int32")
+        for padded, ids in zip(batch, self.flat, strict=True):
+            padded[: len(rows)][is_word] = ids[words]
+        return tuple(batch)
+
+
+def dataset(rows, gather):
+    """A `tf.data.Dataset` of what `gather` makes of the rows of each batch."""
+    import tensorflow as tf
+
+    rows = tf.RaggedTensor.from_row_lengths(np.concatenate(rows), [len(row) for row in rows])
+    batches = tf.data.Dataset.from_tensor_slices(rows).map(gather)
+    return batches.prefetch(tf.data.AUTOTUNE)
 
 
 def schedule(lengths, words_per_batch, max_length, seed, epochs, others=None):
-    """Returns the rows of each batch, a `tf.RaggedTensor` [steps, (B)].
+    """Returns the rows of each batch, a list of arrays.
 
     Bucketed by length as `tf.data.Dataset.bucket_by_sequence_length` does, but before training
     instead of row by row during it, and without small batches at the end. Within a bucket the rows
@@ -87,7 +128,7 @@ def schedule(lengths, words_per_batch, max_length, seed, epochs, others=None):
         if seed is not None:
             random.shuffle(epoch)
         steps.extend(epoch)
-    return tf.RaggedTensor.from_row_lengths(np.concatenate(steps), [len(rows) for rows in steps])
+    return steps
 
 
 def _even_pieces(lengths, max_length):

@@ -7,15 +7,21 @@ import batching
 import keras
 import numpy as np
 import report
-import text
-import vocabulary
+from addresses import NAME as ADDRESSES
 from keras import ops
-from state_of_the_union import StateOfTheUnion
 
 from keras_moe import SparseMoE
 from keras_moe.callbacks import Throughput
 from keras_moe.models import LanguageModel, Perplexity, footprint
 from keras_moe.optimizers import FactoredAdam, WarmupInverseSqrt
+
+# With JAX nothing needs TensorFlow, whose reader has several threads.
+if keras.config.backend() == "jax":
+    import plain_text as text
+    import plain_vocabulary as vocabulary
+else:
+    import text
+    import vocabulary
 
 # What every script has, with the defaults of the demo.
 _COMMON = (
@@ -66,7 +72,7 @@ def parse_arguments(description, options, arguments=None, **defaults):
         help="UTF-8 files, a sentence or more on a line; beside NAME.train.txt, NAME.valid.txt and "
         "NAME.test.txt are held out; .gz, .bz2 and .xz are decompressed",
     )
-    source.add_argument("--dataset", default=StateOfTheUnion.name, help="of tensorflow-datasets")
+    source.add_argument("--dataset", default=ADDRESSES, help="of tensorflow-datasets")
     add_options(
         parser,
         [

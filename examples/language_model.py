@@ -13,8 +13,8 @@ or 8, with its dropout and balance losses, all of its sizes scaled to `--width`.
 
 The script shows perplexity on held-out text, what some experts have specialised in (Table 9), and
 sentences that the model writes, draws the curves, exports the model and queries the export from
-another process. With `KERAS_BACKEND=jax` it trains on JAX, and saves the model in place of the
-export, which TensorFlow alone can do.
+another process. With `KERAS_BACKEND=jax` it trains on JAX, where TensorFlow needn't be installed,
+and saves the model in place of the export, which TensorFlow alone can do.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ import experiment
 import keras
 import numpy as np
 import report
-import vocabulary
+import word_ids
 from experiment import SideBySide, evaluate, heading, read_words, train
 
 import keras_moe
@@ -83,7 +83,7 @@ def main(args):
         print(f"wrote {report.plot_load(examples.load, args.output / 'expert_load.png')}")
 
     heading(f"What {name} writes, the first three words given")
-    write(model, words["test"][:40:8, :3], lookup, args)
+    write(model, [ids[:3] for ids in words["test"][:40:8].to_list()], lookup, args)
 
     if keras.config.backend() == "tensorflow":
         export(name, model, words["test"], lookup, args)
@@ -112,7 +112,7 @@ def export(name, model, sentences, lookup, args):
         server_files=True,
     )
     print(f"wrote {exported}")
-    prompts = vocabulary.decode(sentences[:64:16, :6], lookup)
+    prompts = word_ids.decode(sentences[:64:16, :6], lookup)
     tokens, _ = serving.sequences(lookup, np.array(prompts))
     lengths = np.count_nonzero(tokens, axis=1).astype("int32")
     expected, probabilities = args.output / "expected.npz", np.exp(model(tokens))
@@ -156,14 +156,14 @@ def write(model, prompts, lookup, args):
     """Prints sentences that the model draws word by word, the prompts in brackets."""
     sentences = generate(
         model,
-        prompts.to_list(),
-        vocabulary.EOS_ID,
-        excluded=(vocabulary.PADDING_ID, vocabulary.UNKNOWN_ID),
+        prompts,
+        word_ids.EOS_ID,
+        excluded=(word_ids.PADDING_ID, word_ids.UNKNOWN_ID),
         temperature=args.temperature,
         seed=args.seed,
     )
-    for prompt, sentence in zip(prompts.to_list(), sentences, strict=True):
-        parts = vocabulary.decode([prompt, sentence[len(prompt) :]], lookup)
+    for prompt, sentence in zip(prompts, sentences, strict=True):
+        parts = word_ids.decode([prompt, sentence[len(prompt) :]], lookup)
         print("  [{}] {}".format(*parts))
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from batching import schedule
+from batching import dataset, schedule
 from vocabulary import EOS_ID
 
 
@@ -108,5 +108,4 @@ def batches(pairs, words_per_batch, max_length=96, seed=None, epochs=1):
 
     others = np.minimum(*(side.row_lengths().numpy() for side in pairs))
     rows = schedule(lengths, words_per_batch, max_length, seed, epochs, others)
-    dataset = tf.data.Dataset.from_tensor_slices(rows).map(gather)
-    return dataset.prefetch(tf.data.AUTOTUNE)
+    return dataset(rows, gather)

@@ -17,6 +17,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 import tensorflow_datasets.translate  # noqa: F401  # Else there is no wmt14_translate.
 import text
+import text_files
 
 
 def load_dataset(name=django_catalogs.DjangoCatalogs.name, pairs=("en-fr",), data_dir=None):
@@ -71,7 +72,7 @@ def load_files(paths):
             )
         corpora[pair] = {
             part: tf.data.Dataset.from_tensor_slices(_columns(lines, path))
-            for part, lines in text.read_parts(path).items()
+            for part, lines in text_files.read_parts(path).items()
         }
     return corpora
 

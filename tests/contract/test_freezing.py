@@ -105,7 +105,7 @@ def test_a_frozen_layer_does_not_train_but_passes_gradients():
 
 def test_frozen_experts_keep_their_statistics():
     for freeze in (True, False):
-        layer = SparseMoE(2, k=2, experts=expert())
+        layer = SparseMoE(2, k=2, experts=expert(), capacity_factor=1.0)
         layer.build((None, WIDTH))
         layer.experts.layers[0].trainable = not freeze
         layer(X, training=True)

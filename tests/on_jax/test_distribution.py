@@ -7,8 +7,9 @@ import jax
 import keras
 import numpy as np
 import pytest
+from combinations import covering, usually
 
-from keras_moe import FeedForwardExperts, HierarchicalMoE, NoisyTopKGating, SparseMoE
+from keras_moe import FeedForwardExperts, HierarchicalMoE, SparseMoE
 from keras_moe.distribute import ExpertParallel
 from keras_moe.optimizers import FactoredAdam
 
@@ -38,12 +39,16 @@ def model_parallel(layouts, shape=(4, 2)):
     return keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name="batch")
 
 
+flat = functools.partial(SparseMoE, 8)
+hierarchical = functools.partial(HierarchicalMoE, 8, 2)
+
+
 def mixtures():
     """Flat and hierarchical, with and without a capacity, with noise that is that of one device."""
     for capacity in (None, 1.0):
         options = {"capacity_factor": capacity, "use_bias": True, "expert_parallel": True}
-        yield SparseMoE(8, 5, k=2, seed=1, **options)
-        yield HierarchicalMoE(8, 2, 5, k=(2, 2), seed=2, **options)
+        yield flat(5, k=2, seed=1, **options)
+        yield hierarchical(5, k=(2, 2), seed=2, **options)
 
 
 def make_model(distribution, layers, make_optimizer=keras.optimizers.Adam):
@@ -79,7 +84,7 @@ def trained(num_replicas):
     return model, history
 
 
-@pytest.mark.parametrize("num_replicas", [2, 4, 8])
+@pytest.mark.parametrize("num_replicas", [*usually([], [2, 4]), 8])
 def test_replicas_train_as_one_device(num_replicas):
     (got, history), (expected, wanted) = trained(num_replicas), trained(1)
     assert history.keys() == wanted.keys()  # Among them the balance and the fraction dropped.
@@ -161,15 +166,19 @@ def test_files_are_read_for_another_number_of_replicas(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("capacity", [None, 1.0])
-def test_a_number_of_examples_that_replicas_do_not_divide(capacity):
+@covering(
+    [("flat", "None"), ("hierarchical", "1.0")],
+    make={"flat": flat, "hierarchical": hierarchical},
+    capacity=[None, 1.0],
+)
+def test_a_number_of_examples_that_replicas_do_not_divide(make, capacity):
     """Beside a second axis of the mesh, along which others may be divided; and all for a device."""
     x = np.random.default_rng(0).normal(size=(11, WIDTH)).astype("float32")
     results = []
     for distribution in (None, model_parallel({".*gate_kernel": (None, "model")})):
         keras.distribution.set_distribution(distribution)
-        gating = NoisyTopKGating(8, 2, noise=False)
-        layer = SparseMoE(8, 5, gating=gating, capacity_factor=capacity, expert_parallel=True)
+        layer = make(5, capacity_factor=capacity, expert_parallel=True)
+        layer.gating.noise = False
         layer.build((None, WIDTH))
         rng = np.random.default_rng(0)
         for weight in layer.weights:
@@ -182,14 +191,38 @@ def test_a_number_of_examples_that_replicas_do_not_divide(capacity):
 
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
         results.append(step([v.value for v in layer.trainable_variables], x))
-        gating.gate_kernel.assign(np.zeros((WIDTH, 8)))  # A tie: all go to the experts 0 and 1.
+        for weight in layer.gating.weights:  # A tie: all go to the first experts.
+            weight.assign(np.zeros(weight.shape))
         results.append(step([v.value for v in layer.trainable_variables], x))
     kernel = layer.experts.kernels[0].value
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 4, 5)}
-    assert layer.gating.gate_kernel.value.addressable_shards[0].data.shape == (4, 4)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(len(kernel) // 4, 4, 5)}
+    if make is flat:
+        assert layer.gating.gate_kernel.value.addressable_shards[0].data.shape == (4, 4)
     one, four = map(jax.tree.leaves, (results[:2], results[2:]))
     for got, expected in zip(four, one, strict=True):
         np.testing.assert_allclose(got, expected, 1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [3, *usually([], [1])])
+def test_a_batch_that_replicas_do_not_divide(number):
+    """A number of sequences of two examples, one of which is masked: 8 replicas for 6 examples."""
+    one, eight = (trained(num_replicas)[0] for num_replicas in (1, 8))
+    answers = []
+    for model, num_replicas in ((one, 1), (eight, 8)):
+        keras.distribution.set_distribution(data_parallel(num_replicas))
+        if model is eight:
+            model.set_weights(one.get_weights())
+        answers.append(model.predict_on_batch(data()[0][:number]))
+    np.testing.assert_allclose(*answers, rtol=1e-5, atol=1e-6)
+
+
+def test_keras_itself_refuses_batches_that_replicas_do_not_divide():
+    """With or without a mixture, as `docs/limits.md` says."""
+    model = make_model(data_parallel(4), [])
+    x, y = data()
+    for use in (model.fit, model.evaluate, model.predict):
+        with pytest.raises(ValueError, match="should evenly divide the shape"):
+            use(x[:6], *([] if use == model.predict else [y[:6]]), verbose=0)
 
 
 def test_replicas_hold_as_many_experts_or_groups_each():

@@ -7,6 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from combinations import usually
 from helpers import CROSS_ENTROPY, language_model, next_words
 
 import keras_moe
@@ -78,7 +79,7 @@ def test_a_saved_model_is_what_it_was(tmp_path):
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), expected)
 
 
-@pytest.mark.parametrize("num_sampled", [None, 20])
+@pytest.mark.parametrize("num_sampled", [20, *usually([], [None])])
 def test_a_language_model_counts_words_alone(num_sampled):
     moe = SparseMoE(4, 8, gating=NoisyTopKGating(4, 2), name="moe")
     model = LanguageModel(50, 8, moe, lstm_units=8, num_lstms=2, num_sampled=num_sampled)

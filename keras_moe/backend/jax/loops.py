@@ -2,17 +2,22 @@
 
 A piece has a number of places that is known, and the number of pieces depends on the load. So
 experts without rows cost nothing, and each of the others leaves places empty in its last piece.
+
+Eagerly JAX would compile a loop anew at each call, so both products are compiled as a whole.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from keras_moe.backend.jax.indices import index_range, run_of
+from keras_moe.backend.jax.indices import gather, index_range, run_of
 
 _PLACES = 8, 128  # of a piece: a multiple of the first, at most the second
 _UNKNOWN = 64  # the places of a piece where a symbolic call doesn't know the number of rows
 
 
+@functools.partial(jax.jit, static_argnames=("precision", "transposed"))
 def times(rows, kernel, rows_per_expert, precision=None, transposed=False):
     """Each row times its expert's matrix, or the transposed one; zeros behind the last expert's."""
 
@@ -31,6 +36,7 @@ def times(rows, kernel, rows_per_expert, precision=None, transposed=False):
     return jnp.where(behind[:, None], jnp.zeros((), y.dtype), y)
 
 
+@jax.jit
 def gradient_of_kernel(rows, upstream, rows_per_expert):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
     dtype = jnp.promote_types(rows.dtype, jnp.float32)  # of sums of several pieces
@@ -40,23 +46,23 @@ def gradient_of_kernel(rows, upstream, rows_per_expert):
         product = jnp.matmul(pieces[0].T, pieces[1], preferred_element_type=dtype)
         return jax.lax.dynamic_update_index_in_dim(sums, before + product, expert, 0)
 
-    size, tables = piece_size(rows.shape[0], rows_per_expert.shape[0]), [rows, upstream]
+    size = piece_size(rows.shape[0], rows_per_expert.shape[0])
+    tables = _with_room([rows, upstream], size)
     # Most experts have one piece. All at once their products go straight to where they belong.
     sums = jnp.einsum(
         "ncd,ncf->ndf", *_first_pieces(tables, rows_per_expert, size), preferred_element_type=dtype
     )
-    tables = _with_room(tables, size)
     sums = _over_pieces(turn, tables, rows_per_expert, size, sums, skipped=1)
     return sums.astype(rows.dtype)
 
 
 def _first_pieces(tables, rows_per_expert, size):
-    """[N, size, ...] of each table: every expert's first rows, zeros behind them."""
+    """[N, size, ...] of each table with room: every expert's first rows, zeros behind them."""
     nth = index_range(size)
     own = nth < rows_per_expert[:, None]
     first = (jnp.cumsum(rows_per_expert) - rows_per_expert)[:, None]
-    index = jnp.where(own, first + nth, tables[0].shape[0])
-    return [table.at[index].get(mode="fill", fill_value=0) for table in tables]
+    index = jnp.where(own, first + nth, tables[0].shape[0] - 1)  # The last row of the room: zeros.
+    return [gather(table, index) for table in tables]
 
 
 def _with_room(tables, size):

@@ -7,8 +7,11 @@ second one, which runs only where there are further blocks. Zeros fill the empty
 
 Shapes are static: an expert with c rows takes ceil(c / S) - 1 further blocks, fewer than c / S, so
 that M / S are enough for every load.
+
+Eagerly JAX would compile a branch anew at each call, so what has one is compiled as a whole.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -107,6 +110,7 @@ def multiply(rows, kernel, places, precision=None):
     return with_gradient(product, gradient, [rows, kernel], [places])
 
 
+@functools.partial(jax.jit, static_argnames="precision")
 def _times(rows, kernel, places, precision=None):
     blocks, num_experts = _blocks(rows, places), kernel.shape[0]
 
@@ -121,6 +125,7 @@ def _times(rows, kernel, places, precision=None):
     return jnp.concatenate([first, others]).reshape(-1, kernel.shape[-1])
 
 
+@functools.partial(jax.jit, static_argnames="num_experts")
 def gradient_of_kernel(rows, upstream, places, num_experts):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
     rows, upstream = (_blocks(x, places) for x in (rows, upstream))
