@@ -9,6 +9,9 @@ python=${1:-.venv/bin/python} seconds=${2:-900} folder=${3:-results/card}
 mkdir -p "$folder"
 export TF_CPP_MIN_LOG_LEVEL=3 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
+# Its plugin warns wherever tests run in several processes, and warnings are errors.
+export PYTEST_ADDOPTS="-p no:benchmark"
+
 part() {  # name, share of the time in percent, command
     local name=$1 limit=$((seconds * $2 / 100)) start=$SECONDS
     # Interrupted, pytest still tells which tests have failed so far.

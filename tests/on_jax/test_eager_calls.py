@@ -1,6 +1,7 @@
 """Layers that are called outside of compiled functions, where JAX compiles what it doesn't know."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import EVERY_LAYER, examples, with_random_weights
@@ -23,13 +24,12 @@ def test_a_layer_called_again_compiles_nothing(name, caplog):
     assert compiled_again(lambda: layer(x, training=True), caplog) == []
 
 
-def test_products_in_places_compile_nothing_the_second_time(caplog):
-    rows, kernel = np.ones((8, 3), "float32"), np.ones((2, 3, 5), "float32")
+@pytest.mark.parametrize("load", [[4, 4], [40, 4]])  # Of 36 places; without and with more blocks.
+def test_products_in_places_compile_nothing_the_second_time(load, caplog):
+    rows, kernel = np.ones((sum(load), 3), "float32"), np.ones((2, 3, 5), "float32")
 
     def product():
-        there = places.make_places(np.array([7, 1], "int32"), 8)
-        y = places.multiply(places.arrange(rows, there), kernel, there)
-        return places.gradient_of_kernel(places.arrange(rows, there), y, there, 2)
+        return places.apply(jnp.matmul, rows, jnp.asarray(load, "int32"), [kernel])
 
     assert compiled_again(product, caplog) == []
 

@@ -2,6 +2,7 @@
 
 import functools
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -19,9 +20,14 @@ LOADS = {
 
 
 def in_places(rows, kernel, counts):
-    there = places.make_places(counts, rows.shape[0])
-    y = places.multiply(places.arrange(rows, there), kernel, there)
-    return places.restore(y, there)
+    return places.apply(jax.numpy.matmul, rows, counts, [kernel])
+
+
+def by_products_in_places(rows, kernel, counts):
+    """One after the other, as a GPU computes products that aren't an expert's."""
+    with_cards = lambda *inputs, cuda, default, tpu: cuda(*inputs)  # noqa: E731
+    with mock.patch("jax.lax.platform_dependent", with_cards):
+        return chosen(rows, kernel, counts)
 
 
 def chosen(rows, kernel, counts):
@@ -53,7 +59,12 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(tpu_kernels, "MEGABLOX", megablox)
 
 
-WAYS = {"chosen": chosen, "in places": in_places, "kernels of TPUs": by_kernels}
+WAYS = {
+    "chosen": chosen,
+    "in places": in_places,
+    "each product in places": by_products_in_places,
+    "kernels of TPUs": by_kernels,
+}
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -106,25 +117,37 @@ def test_kernels_of_tpus_are_exact_where_they_have_to_be(interpreted):
     np.testing.assert_allclose(exact, wanted, rtol=0, atol=2**-17)
 
 
-def test_a_whole_expert_in_places():
-    """As on a GPU: laid out once, with parameters of each row's expert between the products."""
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_a_whole_expert_in_places(load):
+    """As on a GPU: all layers of an expert on its blocks, and the gradients of second order."""
     rng = np.random.default_rng(1)
-    rows, kernel, bias = (
-        rng.normal(size=shape).astype("float32") for shape in ((M, D), (N, D, F), (N, F))
-    )
-    counts = np.array(LOADS["uneven"], "int32")
+    shapes = (M, D), (N, D, F), (N, F), (N, F, D), (M, D)
+    *inputs, upstream = (rng.normal(size=shape).astype("float32") for shape in shapes)
+    counts = np.array(load, "int32")
+    expert = np.repeat(np.arange(N), load)
+    mine = np.zeros((M, N), "float32")
+    mine[np.arange(len(expert)), expert] = 1
 
-    @jax.jit
-    def call(rows, kernel, bias, counts):
-        layout = grouped_products.Layout(counts, M, places.make_places(counts, M))
-        y = grouped_products.multiply(grouped_products.arrange(rows, layout), kernel, layout)
-        return grouped_products.restore(y + grouped_products.of_rows(bias, layout), layout)
+    def expert_function(rows, kernel, bias, last):
+        return jax.numpy.tanh(rows @ kernel + bias[:, None]) @ last
 
-    expert = np.repeat(np.arange(N), LOADS["uneven"])
-    wanted = np.zeros((M, F), "float32")
-    wanted[: len(expert)] = np.einsum("md,mdf->mf", rows[: len(expert)], kernel[expert])
-    wanted[: len(expert)] += bias[expert]
-    np.testing.assert_allclose(call(rows, kernel, bias, counts), wanted, rtol=1e-5, atol=1e-5)
+    def in_places(rows, *banks):
+        return places.apply(expert_function, rows, counts, list(banks))
+
+    def by_all(rows, *banks):
+        y = expert_function(jax.numpy.broadcast_to(rows, (N, M, D)), *banks)
+        return jax.numpy.einsum("mn,nmd->md", mine, y)
+
+    def results(call):
+        def first_order(*inputs):
+            y, back = jax.vjp(call, *inputs)
+            gradients = back(upstream)
+            return sum((g**2).sum() for g in gradients), (y, gradients)
+
+        return jax.jit(jax.grad(first_order, argnums=(0, 1, 2, 3), has_aux=True))(*inputs)
+
+    for found, wanted in zip(*map(jax.tree.leaves, map(results, (in_places, by_all))), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mean", [7, 8, 13, 64, 100, 500])
@@ -157,18 +180,25 @@ def test_kernels_of_tpus_compute_at_most_twice_the_rows(mean):
     assert (tiles + num_experts - 1) * size <= 2 * mean * num_experts
 
 
-def test_places_for_every_load():
-    """What a GPU computes: 1.5 times the rows, and where that is not enough for one, once more."""
-    number = 8 * N
-    make_places = jax.jit(places.make_places, static_argnums=1)
-    load = np.zeros(N, "int32")
-    load[1] = number  # The worst: one expert has all.
-    there = make_places(load, number)
-    assert there.row.shape == (N + number // 12, 12)
-    row = np.array(there.row)
+@pytest.mark.parametrize(
+    "load, further", [([20] * N, 0), ([0, 20 * N, 0, 0, 0], 3), ([33, 34, 33, 0, 0], 1)]
+)
+def test_places_for_every_load(load, further):
+    # 20 rows on average: S = 1.25·20 + 8 = 33, and 99 / 33 = 3 further blocks at most, in 8 turns.
+    number = 20 * N
+    there = jax.jit(places.make_places, static_argnums=1)(np.array(load, "int32"), number)
+    assert there.first.row.shape == (N, 33) and there.further.row.shape == (8, 33)
+    assert there.number == further
+    owner = np.concatenate([there.first.owner, there.further.owner])
+    row = np.concatenate([there.first.row, there.further.row])
     assert sorted(row[row >= 0]) == list(range(number))
-    assert there.has_further
-    assert not make_places(np.full(N, 8, "int32"), number).has_further
+    assert (row[N + further :] == -1).all()
+    expert = np.repeat(np.arange(N), load)
+    np.testing.assert_array_equal(expert[row][row >= 0], np.repeat(owner, 33)[row.reshape(-1) >= 0])
+    first = np.array(there.first.row).reshape(-1)
+    placed = np.flatnonzero(np.array(there.place) >= 0)
+    np.testing.assert_array_equal(placed, np.sort(first[first >= 0]))
+    np.testing.assert_array_equal(first[there.place[placed]], placed)
 
 
 def test_the_compiled_program_multiplies_by_one_expert_at_a_time():

@@ -4,8 +4,8 @@ How many rows each expert has depends on the data, and no shape may. Three ways 
 
 * On TPUs there are kernels that compute the tiles of rows that an expert has, and no others
   (`tpu_kernels.py`).
-* On GPUs rows are in places (`places.py`) from the first product of a bank to the last one, and so
-  on TPUs for float16, which has no kernel.
+* On GPUs an expert's rows are in blocks (`places.py`) from the first product of a bank to the last
+  one, and so in each product on TPUs with float16, which has no kernel.
 * Elsewhere a loop over pieces of an expert's rows (`loops.py`).
 
 `jax.lax.ragged_dot_general` says the same in one instruction. XLA computes it for GPUs, most TPUs
@@ -26,21 +26,19 @@ from keras_moe.backend.jax.recomputation import recomputed
 
 
 class Layout(NamedTuple):
-    """How sorted rows lie while they are multiplied: as they are, or on GPUs in places.
+    """How sorted rows lie while they are multiplied: as they are.
 
     Attributes:
         rows_per_expert: int32 [N]. Rows behind those belong to no expert.
         num_rows: M.
-        places: `Places`, or `None`.
     """
 
     rows_per_expert: Any
     num_rows: Any
-    places: Any = None
 
 
 def lay_out(rows_per_expert, num_rows):
-    """The `Layout` of M rows as they are, whatever the device."""
+    """The `Layout` of M rows, sorted by expert, for all products with them."""
     return Layout(rows_per_expert, num_rows)
 
 
@@ -48,7 +46,8 @@ def apply(function, rows, rows_per_expert, banks, width, *, training, recompute)
     """Applies each expert's function to the rows of that expert, by the fastest way there is.
 
     Args:
-        function: Called with rows, the parameters of all experts, and the rows' `layout`.
+        function: Called with rows and parameters, those of all experts on all rows if it gets their
+            `layout`, or else of G experts [G, ...] on their rows [G, S, D].
         rows: Float tensor [M, D], sorted by expert.
         rows_per_expert: int32 [N]. Rows behind those belong to no expert.
         banks: List of tensors [N, ...], the experts' parameters.
@@ -64,8 +63,7 @@ def apply(function, rows, rows_per_expert, banks, width, *, training, recompute)
         return function(rows, *banks, layout=Layout(rows_per_expert, rows.shape[0]))
 
     def in_places(rows, rows_per_expert, *banks):
-        there = places.make_places(rows_per_expert, rows.shape[0])
-        return function(rows, *banks, layout=Layout(rows_per_expert, rows.shape[0], there))
+        return places.apply(function, rows, rows_per_expert, list(banks))
 
     def of_all(*arguments):
         return jax.lax.platform_dependent(*arguments, cuda=in_places, default=as_they_are)
@@ -74,14 +72,12 @@ def apply(function, rows, rows_per_expert, banks, width, *, training, recompute)
 
 
 def arrange(rows, layout):
-    """Brings sorted rows [M, D] into a `Layout`, [R, D]."""
-    return rows if layout.places is None else places.arrange(rows, layout.places)
+    """Brings sorted rows [M, D] into a `Layout`, [R, D]: nothing to do."""
+    return rows
 
 
 def restore(rows, layout):
     """Undoes `arrange`; zeros for rows of no expert, if they have become something else."""
-    if layout.places is not None:
-        return places.restore(rows, layout.places)
     mine = index_range(rows.shape[0]) < jnp.sum(layout.rows_per_expert)
     return jnp.where(mine[:, None], rows, jnp.zeros((), rows.dtype))
 
@@ -100,9 +96,6 @@ def multiply(rows, kernel, layout, exactly=False):
         Float tensor [R, F]; zeros in rows of no expert.
     """
     kernel, precision = tensor(kernel), jax.lax.Precision.HIGHEST if exactly else None
-    if layout.places is not None:
-        return places.multiply(rows, kernel, layout.places, precision)
-
     return _product(rows, kernel, layout.rows_per_expert, precision)
 
 
@@ -116,10 +109,7 @@ def of_rows(bank, layout):
     Returns:
         Float tensor [R, F]; zeros for rows of no expert.
     """
-    bank = tensor(bank)
-    if layout.places is not None:
-        return places.spread(bank, layout.places)
-    table = jnp.pad(bank, [(0, 1), (0, 0)])  # Row N is for rows of no expert.
+    table = jnp.pad(tensor(bank), [(0, 1), (0, 0)])  # Row N is for rows of no expert.
     expert = run_of(jnp.cumsum(layout.rows_per_expert), index_range(layout.num_rows))
     return gather(table, expert)
 
@@ -154,10 +144,11 @@ def _times(rows, kernel, rows_per_expert, precision=None, transposed=False):
     """Each row times its expert's matrix, or the transposed one; zeros behind the last expert's."""
 
     def in_places(rows, kernel, rows_per_expert):
-        kernel = jnp.swapaxes(kernel, 1, 2) if transposed else kernel
-        there = places.make_places(rows_per_expert, rows.shape[0])
-        y = places.multiply(places.arrange(rows, there), kernel, there, precision)
-        return places.restore(y, there)
+        def product(rows, kernel):
+            kernel = jnp.swapaxes(kernel, 1, 2) if transposed else kernel
+            return jnp.matmul(rows, kernel.astype(rows.dtype), precision=precision)
+
+        return places.apply(product, rows, rows_per_expert, [kernel])
 
     def in_loop(rows, kernel, rows_per_expert):
         return loops.times(rows, kernel, rows_per_expert, precision, transposed)
@@ -176,9 +167,11 @@ def _gradient_of_kernel(rows, upstream, rows_per_expert):
     """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
 
     def in_places(rows, upstream, rows_per_expert):
-        there = places.make_places(rows_per_expert, rows.shape[0])
-        rows, upstream = (places.arrange(x, there) for x in (rows, upstream))
-        return places.gradient_of_kernel(rows, upstream, there, rows_per_expert.shape[0])
+        def product(kernel):
+            return places.apply(jnp.matmul, rows, rows_per_expert, [kernel])
+
+        shape = (rows_per_expert.shape[0], rows.shape[1], upstream.shape[1])
+        return jax.vjp(product, jnp.zeros(shape, rows.dtype))[1](upstream)[0]
 
     return jax.lax.platform_dependent(
         rows,

@@ -1,17 +1,14 @@
 """Rows of experts in batches: the way of GPUs, where a few large operations cost less than many.
 
-The sorted rows are copied to blocks of S places, half as many again as the mean load. The first N
-blocks are one for each expert; an expert with more rows than places gets further blocks behind
-those, each with a copy of its matrix. All products with a bank so are one batched product, and a
-second one, which runs only where there are further blocks. Zeros fill the empty places.
+The sorted rows are copied to blocks of S places, a quarter more than the mean load and a few. The
+first N blocks are one for each expert, and computed in one batch. An expert with more rows than
+places gets further blocks, each with a copy of its parameters; a loop computes those, several at a
+time and only as many as there are. Zeros fill the empty places.
 
-Shapes are static: an expert with c rows takes ceil(c / S) - 1 further blocks, fewer than c / S, so
-that M / S are enough for every load.
-
-Eagerly JAX would compile a branch anew at each call, so what has one is compiled as a whole.
+Shapes are static: an expert with c rows takes floor((c - 1) / S) further blocks, so that
+(M - 1) / S are enough for every load.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,21 +17,39 @@ import jax.numpy as jnp
 from keras_moe.backend.jax.gradients import with_gradient
 from keras_moe.backend.jax.indices import INDEX, at_least, at_most, gather, index_range, run_of
 
+# What a block has beyond 1.25 times the mean: chance varies small loads more, and on a card an
+# empty place costs little where a matrix is read for a few rows.
+_SPARE = 8
+_TURNS = 8  # of the loop, if all further blocks that there can be have rows
 
-class Places(NamedTuple):
-    """Where the rows of N experts are: G ≥ N blocks of S places.
+
+class Blocks(NamedTuple):
+    """Rows of experts in B blocks of S places.
 
     Attributes:
-        row: int32 [G, S], the row in each place, -1 in an empty one.
-        place: int32 [M], the place of each row, -1 for a row of no expert.
-        owner: int32 [G - N], whose the further blocks are.
-        has_further: Boolean scalar, whether there is a row in those.
+        row: int32 [B, S], the row in each place, -1 in an empty one.
+        owner: int32 [B], the expert of each block.
     """
 
     row: Any
-    place: Any
     owner: Any
-    has_further: Any
+
+
+class Places(NamedTuple):
+    """Where the rows of N experts are.
+
+    Attributes:
+        first: `Blocks`, one for each expert.
+        place: int32 [M], where in those each row is, -1 if it isn't.
+        further: `Blocks` of the other rows. Rows of no expert are nowhere.
+        number: How many of these have rows: an int32 scalar, or an integer outside of compiled
+            functions.
+    """
+
+    first: Blocks
+    place: Any
+    further: Blocks
+    number: Any
 
 
 def make_places(rows_per_expert, num_rows):
@@ -50,100 +65,139 @@ def make_places(rows_per_expert, num_rows):
     num_experts = rows_per_expert.shape[0]
     ends = jnp.cumsum(rows_per_expert)
     starts = ends - rows_per_expert
-    size = at_least(1, at_most(num_rows, -(-3 * num_rows // (2 * num_experts))))
-    further = jnp.maximum(-(-rows_per_expert // size) - 1, 0)
-    last = jnp.cumsum(further)
-    first = last - further
+    size = at_least(1, at_most(num_rows, -(-5 * num_rows // (4 * num_experts)) + _SPARE))
 
-    index = index_range(num_rows // size if num_experts > 1 else 0)
-    owner = jnp.minimum(run_of(last, index), num_experts - 1)
-    nth = 1 - first[owner] + index
-    begin = jnp.concatenate([starts, starts[owner] + nth * size])
-    end = jnp.concatenate([ends, ends[owner]])
-    row = begin[:, None] + index_range(size)
-    row = jnp.where(row < end[:, None], row, -1)
+    def blocks(owner, nth):
+        row = (starts[owner] + nth * size)[:, None] + index_range(size)
+        return Blocks(jnp.where(row < ends[owner][:, None], row, -1), owner)
 
     index = index_range(num_rows)
     expert = run_of(ends, index)
-    nobodys = expert == num_experts
-    expert = jnp.minimum(expert, num_experts - 1)
-    rank = index - starts[expert]
-    nth = rank // size
-    block = jnp.where(nth > 0, num_experts - 1 + first[expert] + nth, expert)
-    place = jnp.where(nobodys, -1, block * size + rank % size)
-    return Places(row, place.astype(INDEX), owner, last[-1] > 0)
+    rank = index - gather(starts, expert)
+    place = jnp.where((expert < num_experts) & (rank < size), expert * size + rank, -1)
+
+    per_expert = jnp.maximum(rows_per_expert - 1, 0) // size
+    last = jnp.cumsum(per_expert)
+    per_turn = -(-((num_rows - 1) // size) // _TURNS)
+    index = index_range(_TURNS * per_turn)
+    owner = jnp.minimum(run_of(last, index), num_experts - 1)
+    nth = index - (last - per_expert)[owner] + 1
+    number = last[-1] if isinstance(last, jax.core.Tracer) else int(last[-1])
+    first = blocks(index_range(num_experts), 0)
+    return Places(first, place.astype(INDEX), blocks(owner, nth), number)
 
 
-def arrange(rows, places):
-    """Copies rows [M, D] to their places: [G·S, D], zeros in empty ones."""
-    return _moved(rows, places.row.reshape(-1), places.place)
+def apply(function, rows, rows_per_expert, banks):
+    """Applies each expert's function to the rows of that expert.
 
+    Args:
+        function: Called with blocks of rows [B, S, D] and their parameters [B, ...] of each bank;
+            it treats each row by itself. It must not close over a tensor.
+        rows: Float tensor [M, D], sorted by expert.
+        rows_per_expert: int32 [N]. Rows behind those belong to no expert.
+        banks: List of tensors [N, ...], the experts' parameters.
 
-def restore(rows, places):
-    """Brings rows [G·S, D] back from their places: [M, D], zeros for those of no expert."""
-    return _moved(rows, places.place, places.row.reshape(-1))
+    Returns:
+        Float tensor [M, width]; zeros behind the last expert's rows.
+    """
+    # int8 has no gradient, and is multiplied as a float anyway.
+    floats = [b if jnp.issubdtype(b.dtype, jnp.floating) else b.astype(rows.dtype) for b in banks]
+    places = make_places(rows_per_expert, rows.shape[0])
+    further, floats = _further(function, rows, floats, places)
+    y = function(_moved(rows, places.first.row, places.place), *floats)
+    return _moved(y, places.place, places.first.row) + further
 
 
 def _moved(rows, index, inverse):
     def there(rows, index, inverse):
-        return jnp.where(index[:, None] < 0, jnp.zeros((), rows.dtype), gather(rows, index))
+        return _taken(rows.reshape(-1, rows.shape[-1]), index)
 
     def back(upstream, rows, index, inverse):
-        return [there(upstream, inverse, index)]
+        return [_taken(upstream.reshape(-1, rows.shape[-1]), inverse)]
 
     return with_gradient(there, back, [rows], [index, inverse])
 
 
-def multiply(rows, kernel, places, precision=None):
-    """The product of rows in their places [G·S, D] and the matrices of their experts [N, D, F]."""
+def _further(function, rows, banks, places):
+    """What the function makes of the rows in further blocks, and the banks as they are.
 
-    def product(rows, kernel, places):
-        return _times(rows, kernel.astype(rows.dtype), places, precision)
+    The banks go through here so that their gradients do, and the loop adds to them in place.
+    Gradients of their own, as large as the banks, would cost as much where nothing is to be added.
 
-    def gradient(upstream, rows, kernel, places):
-        of_rows = _times(upstream, jnp.swapaxes(kernel, 1, 2).astype(rows.dtype), places)
-        if not jnp.issubdtype(kernel.dtype, jnp.floating):  # int8
-            return [of_rows, None]
-        of_kernel = gradient_of_kernel(rows, upstream, places, kernel.shape[0])
-        return [of_rows, of_kernel.astype(kernel.dtype)]
+    Returns:
+        Float tensor [M, width], zeros for all other rows; list of the banks.
+    """
 
-    return with_gradient(product, gradient, [rows, kernel], [places])
+    def forward(rows, banks, places):
+        def turn(blocks, y):
+            return _with_rows(y, blocks, function(*_inputs(blocks, rows, banks)))
 
+        result = jax.eval_shape(function, *_inputs(places.first, rows, banks))
+        y = jnp.zeros((rows.shape[0], result.shape[-1]), result.dtype)
+        return _in_turns(turn, places, y), banks
 
-@functools.partial(jax.jit, static_argnames="precision")
-def _times(rows, kernel, places, precision=None):
-    blocks, num_experts = _blocks(rows, places), kernel.shape[0]
+    def backward(upstream, rows, banks, places):
+        return _gradients(function, upstream, rows, banks, places)
 
-    def further(others):
-        return jnp.matmul(others, gather(kernel, places.owner), precision=precision)
-
-    def nothing(others):
-        return jnp.zeros((*others.shape[:-1], kernel.shape[-1]), others.dtype)
-
-    first = jnp.matmul(blocks[:num_experts], kernel, precision=precision)
-    others = jax.lax.cond(places.has_further, further, nothing, blocks[num_experts:])
-    return jnp.concatenate([first, others]).reshape(-1, kernel.shape[-1])
+    return with_gradient(forward, backward, [rows, banks], [places])
 
 
-@functools.partial(jax.jit, static_argnames="num_experts")
-def gradient_of_kernel(rows, upstream, places, num_experts):
-    """[N, D, F]: of each expert the sum of its rows' products with their gradients."""
-    rows, upstream = (_blocks(x, places) for x in (rows, upstream))
-    sums = jnp.swapaxes(rows[:num_experts], 1, 2) @ upstream[:num_experts]
+def _gradients(function, upstream, rows, banks, places):
+    """Those of `_further`, which can be differentiated as often as one likes."""
 
-    def further(sums):
-        others = jnp.swapaxes(rows[num_experts:], 1, 2) @ upstream[num_experts:]
-        return sums.at[places.owner].add(others)
+    def add(blocks, so_far, upstream, rows, banks):
+        (of_rows, of_banks), inputs = so_far, _inputs(blocks, rows, banks)
+        of_mine, *of_parameters = jax.vjp(function, *inputs)[1](_taken(upstream, blocks.row))
+        sums = zip(of_banks, of_parameters, strict=True)
+        of_banks = [of_bank.at[blocks.owner].add(of) for of_bank, of in sums]
+        return _with_rows(of_rows, blocks, of_mine), of_banks
 
-    return jax.lax.cond(places.has_further, further, lambda sums: sums, sums)
+    def in_turns(upstream, rows, banks, places):
+        of_y, of_banks = upstream
+        start = jnp.zeros_like(rows), of_banks
+        turn = lambda blocks, so_far: add(blocks, so_far, of_y, rows, banks)  # noqa: E731
+        return _in_turns(turn, places, start)
+
+    def at_once(upstream, rows, banks, places):  # No way leads back through a loop.
+        of_y, of_banks = upstream
+        return add(places.further, (jnp.zeros_like(rows), of_banks), of_y, rows, banks)
+
+    def gradient(upstream, *inputs):
+        *inputs, places = inputs
+        return jax.vjp(lambda *inputs: at_once(*inputs, places), *inputs)[1](upstream)
+
+    return with_gradient(in_turns, gradient, [upstream, rows, banks], [places])
 
 
-def spread(table, places):
-    """The rows of a table [N, F] in each place: [G·S, F]."""
-    each = jnp.concatenate([table, gather(table, places.owner)])
-    each = jnp.broadcast_to(each[:, None], (*places.row.shape, table.shape[-1]))
-    return each.reshape(-1, table.shape[-1])
+def _in_turns(turn, places, so_far):
+    """Calls `turn` with some of the further blocks, and what the last turn returned."""
+    per_turn = places.further.owner.shape[0] // _TURNS
+    if per_turn == 0:
+        return so_far
+
+    def body(i, so_far):
+        part = [jax.lax.dynamic_slice_in_dim(x, i * per_turn, per_turn) for x in places.further]
+        return turn(Blocks(*part), so_far)
+
+    turns = -(-places.number // per_turn)
+    if not isinstance(turns, int):
+        return jax.lax.fori_loop(0, turns, body, so_far)
+    for i in range(turns):  # Eagerly JAX would compile a loop anew at each call.
+        so_far = body(i, so_far)
+    return so_far
 
 
-def _blocks(rows, places):
-    return rows.reshape(*places.row.shape, rows.shape[-1])
+def _inputs(blocks, rows, banks):
+    """What the function gets: the rows in some blocks, and the parameters of each."""
+    return [_taken(rows, blocks.row), *(gather(bank, blocks.owner) for bank in banks)]
+
+
+def _taken(rows, index):
+    """rows[index]; zeros for -1."""
+    return jnp.where((index < 0)[..., None], jnp.zeros((), rows.dtype), gather(rows, index))
+
+
+def _with_rows(rows, blocks, mine):
+    """The rows, but those that are in some blocks as they are there."""
+    index = jnp.where(blocks.row < 0, rows.shape[0], blocks.row)
+    return rows.at[index].set(mine, mode="drop")
