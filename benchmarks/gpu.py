@@ -77,16 +77,20 @@ def main(arguments=None):
         cases = list(dict.fromkeys(map(smaller, cases)))
     cases = cases[: options.cases]
     started, cards, rates, outcomes = time.monotonic(), {}, {}, {}
-    for job, rate, card, found in measure(make_jobs(cases, options.contenders), options.seconds):
-        if card == "CPU" and not options.small:
-            sys.exit(f"{job.card} has no graphics card here. A rehearsal without one: --small")
-        if card:
-            cards[job.card] = card
-            rates[job.case.compute_dtype] = max(rate, rates.get(job.case.compute_dtype, 0))
-        outcomes.setdefault(job.case, {}).update(with_ratios(found))
-        print(f"{time.monotonic() - started:.0f} s, {title(job.case)}", file=sys.stderr)
-        for name in found:
-            print(f"  {' | '.join(cells(job.case, name, outcomes, rates))}", file=sys.stderr)
+    jobs = make_jobs(cases, options.contenders)
+    try:
+        for job, rate, card, found in measure(jobs, options.seconds):
+            if card == "CPU" and not options.small:
+                sys.exit(f"{job.card} has no graphics card here. A rehearsal without one: --small")
+            if card:
+                cards[job.card] = card
+                rates[job.case.compute_dtype] = max(rate, rates.get(job.case.compute_dtype, 0))
+            outcomes.setdefault(job.case, {}).update(with_ratios(found))
+            print(f"{time.monotonic() - started:.0f} s, {title(job.case)}", file=sys.stderr)
+            for name in found:
+                print(f"  {' | '.join(cells(job.case, name, outcomes, rates))}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Interrupted: what was measured before is kept.", file=sys.stderr)
 
     text = "\n".join([*describe(cards, rates), *tables(outcomes, rates)])
     print(text)

@@ -52,6 +52,17 @@ def test_without_a_card_only_a_rehearsal_runs(monkeypatch, tmp_path):
         gpu.main(["--output", str(tmp_path)])
 
 
+def test_an_interrupted_run_tells_what_was_measured(monkeypatch, tmp_path):
+    def measured(jobs, seconds):
+        found = {"dense": measure.Outcome(seconds=[0.125])}
+        yield next(iter(jobs)), 1.0, "CPU", found
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "measure", measured)
+    gpu.main(["--small", "--output", str(tmp_path)])
+    assert "| dense | 125 ms | 1.00 |" in (tmp_path / "gpu.md").read_text()
+
+
 def test_a_contender_that_fails_says_why_and_the_others_are_measured():
     absent = measure.Contender("absent", TENSORFLOW, "dense", options={"no_such_option": 1})
     case = Case(4, 2, 8, "forward", width=8, hidden_units=8)
