@@ -13,8 +13,9 @@ def with_gradients(function, tensors, variables, way="eager", unconnected="none"
             `layer`, whose state it changes.
         tensors: List of what it is called with.
         variables: List of variables that it reads.
-        way: As in `helpers.run`. With JAX everything is compiled, whatever it says: one operation
-            after the other, each would be compiled for itself.
+        way: As in `helpers.run`, or "graph, any length", in which sequences are of any length, too.
+            With JAX everything is compiled, whatever it says: one operation after the other, each
+            would be compiled for itself.
         unconnected: As `tf.GradientTape.gradient` has it: "none" or "zero".
 
     Returns:
@@ -37,9 +38,9 @@ def _in_tensorflow(function, tensors, variables, way, unconnected):
 
     tensors = [tf.convert_to_tensor(x) for x in tensors]
     if way != "eager":
-        any_batch = "any batch" in way
+        unknown = 1 if "any batch" in way else 2 if "any length" in way else 0
         signature = [
-            tf.TensorSpec([None if any_batch else len(x), *x.shape[1:]], x.dtype) for x in tensors
+            tf.TensorSpec([*unknown * [None], *x.shape[unknown:]], x.dtype) for x in tensors
         ]
         step = tf.function(
             step, input_signature=signature, jit_compile=way.startswith("xla"), autograph=False
