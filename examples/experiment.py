@@ -88,7 +88,7 @@ def add_options(parser, options):
     for name, default, meaning in options:
         parser.add_argument(
             f"--{name}",
-            type=str if isinstance(default, list) else type(default),
+            type=type(default[0] if isinstance(default, list) else default),
             nargs="+" if isinstance(default, list) else None,
             default=default,
             choices=_CHOICES.get(name),

