@@ -42,10 +42,16 @@ class Progress(keras.callbacks.Callback):
         perplexities = "  ".join(
             f"{name} {logs[f'{prefix}{name}/perplexity']:6.1f}" for name in self.names
         )
-        load = logs.get(f"{prefix}{self.names[0]}/max_over_mean_load")
+        # Of its mixture, or of those whose names begin with its own, as in a translation model.
+        first = tuple(f"{prefix}{self.names[0]}{end}" for end in "/_")
+        loads = [
+            f"{load:.2f}"
+            for name, load in logs.items()
+            if name.startswith(first) and name.endswith("/max_over_mean_load")
+        ]
         print(
             f"{time.time() - self.start:4.0f} s  step {self.step:5,}/{self.steps:,}  {part}  "
-            f"{perplexities}" + ("" if load is None else f"  max/mean load {load:.2f}"),
+            f"{perplexities}" + (f"  max/mean load {', '.join(loads)}" if loads else ""),
             flush=True,
         )
 

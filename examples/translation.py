@@ -17,7 +17,6 @@ from them hardly translates anything else.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import subprocess
@@ -31,16 +30,17 @@ import pair_batching
 import parallel_text
 import report
 import translating
+import translation_models
 import word_pieces
 from bleu import bleu, signature
 from django_catalogs import DjangoCatalogs
 from experiment import SideBySide, heading
-from normalized_gating import NormalizedGating
 from translating import Translator
+from translation_models import make_model
 
 import keras_moe
 from keras_moe.callbacks import Throughput
-from keras_moe.models import TRANSLATION_PRESETS, TranslationModel, footprint
+from keras_moe.models import TRANSLATION_PRESETS, footprint
 from keras_moe.optimizers import WarmupInverseSqrt
 from keras_moe.serving import versions
 
@@ -66,11 +66,7 @@ def parse_arguments(arguments=None):
         ("pairs", ["en-fr"], "of languages, source and target, of the dataset"),
         ("presets", ["MoE-32", "no-experts"], f"of {', '.join(TRANSLATION_PRESETS)}"),
         ("vocabulary-size", 1500, "word pieces that the models know"),
-        ("width", 64, "units of the embeddings and of every layer"),
-        ("num-experts", 0, "experts of each mixture; 0 for the preset's"),
-        ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
-        ("normalized-gating", 0, "1 for noisy top-k gating by `normalized_gating.py`"),
-        ("dropout", 0.2, "part of every layer's output to drop; the paper's is 0.4"),
+        *translation_models.OPTIONS,
         ("words-per-batch", 2048, "positions per batch, of a pair those of its longer side"),
         ("max-length", 96, "the longest sides of a training pair, in word pieces"),
         ("epochs", 30, "passes over the training pairs"),
@@ -172,22 +168,6 @@ def read_pairs(args):
             sizes = (side.flat_values.shape[0] for side in (sources, targets))
             print("{:11,} and {:11,} word pieces".format(*sizes))
     return data, pieces
-
-
-def make_model(preset, vocabulary_size, args):
-    """Returns the model of a preset, its sizes scaled to the width."""
-    sizes = TRANSLATION_PRESETS.get(preset, preset)  # A name that isn't there is refused below.
-    if sizes is not preset and sizes.num_experts:
-        sizes = dataclasses.replace(
-            sizes,
-            num_experts=args.num_experts or sizes.num_experts,
-            importance_loss_weight=args.balance_loss_weight,
-            load_loss_weight=args.balance_loss_weight,
-            gating=NormalizedGating if args.normalized_gating else sizes.gating,
-        )
-    return TranslationModel.from_preset(
-        sizes, vocabulary_size, args.width, dropout=args.dropout, seed=args.seed, name=preset
-    )
 
 
 def train(together, data, args):
