@@ -85,9 +85,11 @@ def main(arguments=None):
             if card:
                 cards[job.card] = card
                 rates[job.case.compute_dtype] = max(rate, rates.get(job.case.compute_dtype, 0))
-            outcomes.setdefault(job.case, {}).update(with_ratios(found))
+            known = outcomes.setdefault(job.case, {})
+            new = [name for name in found if name not in known]
+            known.update(with_ratios(found))
             print(f"{time.monotonic() - started:.0f} s, {title(job.case)}", file=sys.stderr)
-            for name in found:
+            for name in new:
                 print(f"  {' | '.join(cells(job.case, name, outcomes, rates))}", file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted: what was measured before is kept.", file=sys.stderr)

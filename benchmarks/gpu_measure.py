@@ -42,8 +42,9 @@ def measure(jobs, seconds):
         seconds: After so many no job begins.
 
     Yields:
-        A job, the card's rate and name as its framework has them (`None` if it came to that not),
-        and a dict from the names of its contenders to `Outcome`s, whose `ratios` are empty.
+        As soon as there is one more outcome: a job, the card's rate and name as its framework has
+        them (`None` if it came to that not), and a dict from the names of its contenders so far to
+        `Outcome`s, whose `ratios` are empty.
     """
     end = time.monotonic() + seconds
     jobs = list(jobs)
@@ -56,7 +57,8 @@ def measure(jobs, seconds):
         worker.begin()
         if i + 1 < len(jobs):
             following = _Worker(jobs[i + 1])
-        yield job, *worker.results()
+        for results in worker.results():
+            yield job, *results
 
 
 class _Worker:
@@ -77,17 +79,19 @@ class _Worker:
             pass  # It has ended; `results` tells why.
 
     def results(self):
-        """Rate, name of the card, and outcomes; the process has ended then."""
+        """Rate, name of the card, and the outcomes so far; at the end the process has ended."""
         about, outcomes = (None, None), {}
         try:
             about = self._answer(START_SECONDS)
             for contender in self._job.contenders:
                 outcomes[contender.name] = self._answer(ANSWER_SECONDS)
+                yield *about, dict(outcomes)
         except Failure as failure:
             for contender in self._job.contenders:
                 outcomes.setdefault(contender.name, Outcome(failure=str(failure)))
-        self.stop()
-        return *about, outcomes
+            yield *about, outcomes
+        finally:
+            self.stop()
 
     def stop(self):
         """Ends the process."""

@@ -67,8 +67,9 @@ def test_a_contender_that_fails_says_why_and_the_others_are_measured():
     absent = measure.Contender("absent", TENSORFLOW, "dense", options={"no_such_option": 1})
     case = Case(4, 2, 8, "forward", width=8, hidden_units=8)
     job = gpu_measure.Job(case, "TensorFlow", [absent, gpu_contenders.LAYERS[0]])
-    ((same, rate, card, outcomes),) = gpu_measure.measure([job], 60)
+    first, (same, rate, card, outcomes) = gpu_measure.measure([job], 60)
     assert (same, card) == (job, "CPU") and rate > 0
+    assert first == (job, rate, card, {"absent": outcomes["absent"]})  # Known already.
     assert "no_such_option" in outcomes["absent"].failure
     assert outcomes["dense"].failure is None and outcomes["dense"].peak_bytes > 0
 
