@@ -148,7 +148,9 @@ def plot_capacity(rows, path):
             np.array([row.get(column, row["perplexity"]) for _, row in members])
             for column in ("perplexity", "lowest", "highest")
         )
-        axes.errorbar(x, y, (y - low, high - y), fmt=style, capsize=4, label=kind)
+        # In lists: before 3.11 matplotlib takes an array of one for a number, of which NumPy warns.
+        errors = [(y - low).tolist(), (high - y).tolist()]
+        axes.errorbar(x, y, errors, fmt=style, capsize=4, label=kind)
         # Beside the points: above those of one kind and below those of the other, left of the rest.
         offset, side = {"o-": ((5, -11), "left"), "s--": ((5, 5), "left")}.get(
             style, ((-8, -3), "right")
