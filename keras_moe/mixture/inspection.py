@@ -72,7 +72,7 @@ def check_batches(x):
                 "`x` is read several times, so it must be an array, a tf.data.Dataset or a list of "
                 f"batches. Received: {x!r}, which can be read once"
             )
-        if hasattr(x, "cardinality") and int(x.cardinality()) == _INFINITE:
+        if _is_endless(x):
             raise ValueError(
                 f"`x` must come to an end; `x.take(10)` has 10 batches. Received: {x!r}, which "
                 "repeats for ever"
@@ -84,10 +84,19 @@ def _is_batch(x):
     return isinstance(x, dict) or hasattr(x, "shape")
 
 
+def _is_endless(x):
+    if isinstance(x, keras.utils.PyDataset):
+        return x.num_batches is None
+    return hasattr(x, "cardinality") and int(x.cardinality()) == _INFINITE
+
+
 def batches(x):
     """Yields what the model takes."""
     if _is_batch(x):
         yield x
     else:
+        if isinstance(x, keras.utils.PyDataset):
+            # In Keras 3.10 it can't be iterated: Python would ask it for batches without end.
+            x = map(x.__getitem__, range(x.num_batches))
         for batch in x:
             yield keras.utils.unpack_x_y_sample_weight(batch)[0]

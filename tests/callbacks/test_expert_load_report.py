@@ -210,11 +210,19 @@ def test_a_second_fit_goes_on_where_the_first_ended(tmp_path):
     assert report.load["moe"].shape == (4, 8)
 
 
+class Endless(keras.utils.PyDataset):
+    num_batches = None
+
+    def __getitem__(self, i):
+        return np.ones((2, 3))
+
+
 @pytest.mark.parametrize(
     "x, message",
     [
         (iter([np.ones((2, 3))]), "can be read once"),
         (tf.data.Dataset.from_tensors(1).repeat(), "repeats for ever"),
+        (Endless(), "repeats for ever"),
     ],
 )
 def test_batches_that_cannot_be_read_again_are_refused(x, message, tmp_path):

@@ -7,7 +7,7 @@ from helpers import EVERY_LAYER, assert_agrees, examples, numpy, with_random_wei
 
 from keras_moe import FeedForwardExperts
 
-T, K = 200, 2
+T = 200
 LAYERS = {
     "biases": EVERY_LAYER["noisy_top_k"](seed=0, use_bias=True, num_shared_experts=1),
     "recomputed": EVERY_LAYER["noisy_top_k"](seed=0, recompute=True),
