@@ -192,7 +192,7 @@ class SideBySide(keras.Model):
             # With JAX, where no shape depends on data, those of padding are there, too, and 0.
             words = None
             if keras.config.backend() == "jax":
-                words = ops.cast(ops.reshape(y, -1) != vocabulary.PADDING_ID, losses.dtype)
+                words = ops.cast(ops.reshape(y, (-1,)) != vocabulary.PADDING_ID, losses.dtype)
             self.perplexities[name].update_state(losses, words)
             number = ops.size(losses) if words is None else ops.maximum(ops.sum(words), 1)
             total += ops.sum(losses) / ops.cast(number, losses.dtype)

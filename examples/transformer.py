@@ -154,8 +154,8 @@ class Transformer(keras.Model):
 
         With JAX, where no shape depends on data, of each position, 0 where there is no word.
         """
-        words = ops.reshape(targets != PADDING_ID, -1)
-        targets = ops.reshape(ops.cast(targets, "int32"), -1)
+        words = ops.reshape(targets != PADDING_ID, (-1,))
+        targets = ops.reshape(ops.cast(targets, "int32"), (-1,))
         outputs = ops.reshape(outputs, (-1, outputs.shape[-1]))
         if not batching.STATIC:
             targets, outputs = targets[words], outputs[words]
