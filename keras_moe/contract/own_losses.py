@@ -3,7 +3,7 @@
 What this needs of Keras and is not public stands in this one file, checked with
 Keras 3.10 to 3.15. A model finds the layers inside other layers by `_flatten_layers`, reads the
 losses of each by its `_get_own_losses`, and begins a call with its `_clear_losses`. The outermost
-call is kept in Keras' global state.
+call and the scope of a stateless one, which collects losses, are kept in Keras' global state.
 """
 
 import warnings
@@ -35,6 +35,10 @@ class OwnLosses:
         """Called when whoever has called the model reads its losses, as training does."""
 
     def _clear_losses(self):
+        # Keras 3.10 looks for these by comparing tensors, which JAX can't while it traces.
+        scope = global_state.get_global_attribute("stateless_scope")
+        if scope is not None and scope.collect_losses:
+            scope.losses[:] = [loss for loss in scope.losses if id(loss) not in self._loss_ids]
         super()._clear_losses()
         self.on_call_begins()
 

@@ -40,6 +40,7 @@ def test_training_goes_on_from_a_file_of_tensorflow_as_if_never_stopped(tmp_path
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
     path = [os.getcwd(), os.path.join(os.getcwd(), "tests"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path)
+    environment["XLA_FLAGS"] = ""  # TensorFlow doesn't know all of JAX's.
     command = [sys.executable, "-c", UNDER_TENSORFLOW, model_file, loss_file]
     subprocess.run(command, env=environment, check=True)
     expected = np.load(loss_file)
@@ -48,6 +49,17 @@ def test_training_goes_on_from_a_file_of_tensorflow_as_if_never_stopped(tmp_path
     model, (x, y) = keras.models.load_model(model_file), next_words()  # slots included
     received = model.fit(x, y, batch_size=len(x), epochs=STEPS, shuffle=False, verbose=0)
     np.testing.assert_allclose(received.history["loss"], expected[STEPS:], rtol=1e-4)
+
+
+def test_single_steps_do_not_tell_a_balance_from_before_them():
+    model, (x, y) = language_model(), next_words()
+    model.compile("sgd", CROSS_ENTROPY)
+    for step in (model.train_on_batch, model.test_on_batch):
+        for _ in range(2):
+            logs = step(x, y, return_dict=True)
+            assert np.isfinite(logs["loss"])
+            assert np.isnan([logs[name] for name in logs if name.startswith("moe/")]).all()
+    assert model.get_metrics_result()["moe/max_over_mean_load"] >= 1  # Behind the step it is known.
 
 
 def test_logs_are_those_of_the_last_epoch():

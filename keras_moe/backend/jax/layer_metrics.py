@@ -3,11 +3,14 @@
 With JAX Keras knows metrics while it computes the loss, but not while it calls the layers (keras
 issue 21639, checked with Keras 3.10 to 3.15). So here they are state of the layer, as the seeds of
 its noise are: no file has them, and every step hands them on. They are known at the end of an
-epoch, of `evaluate` and of `predict`; in the middle of a step, and so in the progress bar, they are
-NaN.
+epoch, of `evaluate` and of `predict`; in the middle of a step, and so in the progress bar and in
+what `train_on_batch` returns, they are NaN.
 """
 
+import jax
 from keras import ops
+
+from keras_moe.backend.jax import tracing
 
 
 class StateOfLayer:
@@ -27,10 +30,14 @@ class StateOfLayer:
 
     def current(self, variable):
         """The value of a variable of the metric, NaN in the middle of a step."""
+        unknown = ops.full(variable.shape, float("nan"), variable.dtype)
         try:
-            return variable.value
+            value = variable.value
         except TypeError:  # Keras has taken the value away, and hands it to the layers alone.
-            return ops.full(variable.shape, float("nan"), variable.dtype)
+            return unknown
+        # What is no tensor of the step is from when it was traced, and would be so at each step.
+        stale = tracing.current_graph() is not None and not isinstance(value, jax.core.Tracer)
+        return unknown if stale else value
 
     def reset_state(self):
         for variable in self.state:
