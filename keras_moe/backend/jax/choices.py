@@ -19,6 +19,8 @@ def top_k(x, k):
         The entries in decreasing order, [T, K], and their indices, int32 [T, K]: equal ones in
         increasing order of index.
     """
+    if x.shape[0] == 0:  # Of which JAX 0.6 has no gradient.
+        return x[:, :k], jnp.zeros((0, k), INDEX)
     values, index = collectives.each_its_own(lambda x: jax.lax.top_k(x, k), x)
     return values, index.astype(INDEX)
 
@@ -33,7 +35,8 @@ def rank(scores, group=None):
     Returns:
         int32 [T, N].
     """
-    order = jnp.argsort(-scores, axis=0, stable=True)
+    # Ranks have no gradient, and JAX 0.6 fails at that of sorting nothing.
+    order = jnp.argsort(-jax.lax.stop_gradient(scores), axis=0, stable=True)
     if group is not None:
         again = jnp.argsort(jnp.take(group, order, mode="clip"), axis=0, stable=True)
         order = jnp.take_along_axis(order, again, axis=0)
