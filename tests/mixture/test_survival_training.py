@@ -177,7 +177,8 @@ def test_a_layer_shared_by_two_branches_and_its_clone(make):
     assert len(clone.losses) == 4  # importance and load, once for each branch
     clone.compile("sgd", "mse", **QUICKLY)
     losses = [clone.train_on_batch(x, x, return_dict=True)["loss"] for _ in range(2)]
-    assert np.isfinite(losses).all()
+    # The balance after the step, in which JAX knows it not yet.
+    assert np.isfinite([*losses, *clone.get_metrics_result().values()]).all()
 
 
 FLOATS = {name: name for name in policies("float64", "float16", "bfloat16")}

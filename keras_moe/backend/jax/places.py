@@ -9,6 +9,7 @@ Shapes are static: an expert with c rows takes floor((c - 1) / S) further blocks
 (M - 1) / S are enough for every load.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -154,9 +155,8 @@ def _gradients(function, upstream, rows, banks, places):
 
     def in_turns(upstream, rows, banks, places):
         of_y, of_banks = upstream
-        start = jnp.zeros_like(rows), of_banks
-        turn = lambda blocks, so_far: add(blocks, so_far, of_y, rows, banks)  # noqa: E731
-        return _in_turns(turn, places, start)
+        turn = functools.partial(add, upstream=of_y, rows=rows, banks=banks)
+        return _in_turns(turn, places, (jnp.zeros_like(rows), of_banks))
 
     def at_once(upstream, rows, banks, places):  # No way leads back through a loop.
         of_y, of_banks = upstream
