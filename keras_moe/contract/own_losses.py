@@ -2,9 +2,9 @@
 
 What this needs of Keras and is not public stands in this one file, checked with
 Keras 3.10 to 3.15. A model finds the layers inside other layers by `_flatten_layers`, reads the
-losses of each by its `_get_own_losses`, and begins a call with its `_clear_losses`, which knows them
-by `_loss_ids`. The outermost call and the scope of a stateless one, which collects losses, are kept
-in Keras' global state.
+losses of each by its `_get_own_losses`, and begins a call with its `_clear_losses`, which knows
+them by `_loss_ids`. The outermost call and the scope of a stateless one, which collects losses, are
+kept in Keras' global state.
 """
 
 import warnings
