@@ -300,11 +300,15 @@ def evaluate(side_by_side, sentences, args):
     batches = batching.batches(sentences, args.words_per_batch)
     logs = side_by_side.evaluate(batches, return_dict=True, verbose=0)
     return {
-        name: {
-            "perplexity": logs[f"{name}/perplexity"],
-            "CV(importance)": logs.get(f"{name}/cv_importance"),
-            "CV(load)": logs.get(f"{name}/cv_load"),
-            "max/mean load": logs.get(f"{name}/max_over_mean_load"),
-        }
+        name: {"perplexity": logs[f"{name}/perplexity"], **balance(name, logs)}
         for name in side_by_side.models
+    }
+
+
+def balance(name, logs):
+    """Returns the balance of a mixture's experts in the logs of `fit` or `evaluate`."""
+    return {
+        "CV(importance)": logs.get(f"{name}/cv_importance"),
+        "CV(load)": logs.get(f"{name}/cv_load"),
+        "max/mean load": logs.get(f"{name}/max_over_mean_load"),
     }

@@ -38,11 +38,12 @@ from keras_moe.models.presets import TABLE_7
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+BALANCE = ("CV(importance)", "CV(load)", "max/mean load")
 _DENSE = ("4xLSTM-512", "MoE-1-Wide")
 MODELS = (*_DENSE, "MoE-4", "MoE-32", "MoE-256", "MoE-1024-h")
 # Curves are compared only where all of it is equal.
 _SETTINGS = (
-    "vocabulary_size width dropout balance_loss_weight words_per_batch epochs evaluations searched "
+    "vocabulary_size width dropout balance_loss_weights words_per_batch epochs evaluations searched "
     "held_out optimizer learning_rate factors schedule warm_up num_sampled seed"
 ).split()
 
@@ -55,7 +56,7 @@ def parse_arguments(arguments=None):
         ("searched", 5, "evaluations after which the best learning rate goes on alone"),
         ("patience", 10, "evaluations without a lower validation perplexity that end the training"),
         ("held-out", 2000, "sentences of each held-out text that an evaluation sees"),
-        ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
+        ("balance-loss-weights", [0.01, 0.01], "w_importance and w_load, as in Table 6"),
         ("cache", "", "file of the words as ids: read if it is there, else written"),
         ("output", ROOT / "results" / "full_size", "folder for the curves and the pictures"),
     )
@@ -76,6 +77,11 @@ def parse_arguments(arguments=None):
     unknown = [name for name in args.models if name not in MODELS]
     if unknown:
         raise ValueError(f"The models must be of {', '.join(MODELS)}. Received: {unknown}")
+    if len(args.balance_loss_weights) != 2:
+        raise ValueError(
+            "--balance-loss-weights must be two numbers, w_importance and w_load. Received: "
+            f"{args.balance_loss_weights}"
+        )
     if not 1 <= args.searched <= args.evaluations:
         raise ValueError(
             "--searched must be at least 1 and at most the number of evaluations. Received: "
@@ -135,11 +141,12 @@ def read(args):
 
 def make_preset(name, args):
     """Returns the row of Table 7, scaled, with the dropout and the losses that all models have."""
+    w_importance, w_load = args.balance_loss_weights
     return dataclasses.replace(
         TABLE_7[name].scaled(args.width),
         dropout=args.dropout,
-        importance_loss_weight=args.balance_loss_weight,
-        load_loss_weight=args.balance_loss_weight,
+        importance_loss_weight=w_importance,
+        load_loss_weight=w_load,
     )
 
 
@@ -229,7 +236,8 @@ class Course(keras.callbacks.Callback):
             "step": (epoch + 1) * self.interval,
             "training": logs[f"{name}/perplexity"],
             **{part: row["perplexity"] for part, row in found.items()},
-            "max/mean load": found["test"]["max/mean load"],
+            "balance": {column: found["test"][column] for column in BALANCE},
+            "balance with noise": experiment.balance(name, logs),
             "seconds": time.time() - self.start,
         }
         with curve_path(self.args, name).open("a") as file:
@@ -269,7 +277,8 @@ def summarise(curves):
     """Returns the rows of the table, all at the last step that every model has reached.
 
     "below, %" is how far a test perplexity lies below the best one of a model without a mixture,
-    and "best" the one at the model's lowest validation perplexity, however late that was.
+    and "best" the one at the model's lowest validation perplexity, however late that was. The
+    balance is that of the test text, and "with noise" the max/mean load of training.
     """
     step = min(lines[-1]["step"] for lines in curves.values())
     at_step = {
@@ -283,7 +292,9 @@ def summarise(curves):
         rows[name] = {
             "perplexity": line["test"],
             "below, %": below,
-            **{key: line[key] for key in ("step", "ops/timestep", "parameters", "max/mean load")},
+            **{key: line[key] for key in ("step", "ops/timestep", "parameters")},
+            **line["balance"],
+            "with noise": line["balance with noise"]["max/mean load"],
             "1000 * rate": 1000 * line["learning rate"],
             "best": stopped["test"],
             "at step": stopped["step"],

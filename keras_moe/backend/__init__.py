@@ -13,6 +13,7 @@ else in the package is `keras.ops`. To run on another backend, bring these:
 * `one_example`: the experts of a single example, without sorting.
 * `pieces`: `split` and `join`, each expert's rows by themselves.
 * `recomputation`: `recomputed`, memory for time.
+* `activations`: `lean`, activations that keep little for the backward pass.
 * `vocabulary`: samples of words, and the cross-entropy beside them.
 * `recurrence`: `over_time`, steps one after the other.
 * `devices`: a choice between two ways by the device that runs it.
@@ -58,6 +59,7 @@ from keras_moe.backend import requirements  # noqa: E402
 
 if NAME == "jax":
     from keras_moe.backend.jax import (
+        activations,
         choices,
         collectives,
         compilation,
@@ -79,6 +81,7 @@ if NAME == "jax":
     )
 else:
     from keras_moe.backend.tensorflow import (
+        activations,
         choices,
         collectives,
         compilation,
@@ -103,6 +106,7 @@ __all__ = [
     "NAME",
     "STATIC_SHAPES",
     "SUPPORTED_BACKENDS",
+    "activations",
     "choices",
     "collectives",
     "compilation",

@@ -19,6 +19,7 @@ from keras import ops
 from keras_moe.arguments import check_size
 from keras_moe.backend import (
     STATIC_SHAPES,
+    activations,
     grouped_products,
     one_example,
     recomputation,
@@ -55,9 +56,8 @@ def takes_one_example(bank):
 
 
 def _product(rows, kernel):
-    return vectorization.matmul_each(
-        rows, ops.cast(kernel, rows.dtype)
-    )  # It may be stored in another dtype.
+    kernel = ops.cast(kernel, rows.dtype)  # It may be stored in another one.
+    return vectorization.matmul_each(rows, kernel)
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -210,11 +210,9 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
             function = functools.partial(self._feed_forward, product=one_example.row_times)
             return one_example.of_each(function, rows, experts, banks)
         if rows_per_expert is None or in_blocks(self.static_shapes):
-            function = (
-                recomputation.recomputed(self._feed_forward)
-                if self.recompute
-                else self._feed_forward
-            )
+            function = self._feed_forward
+            if self.recompute:
+                function = recomputation.recomputed(function)
             if rows_per_expert is None:
                 return function(rows, *banks)
             return block_by_block(function, rows, rows_per_expert, banks)
@@ -255,10 +253,11 @@ class FeedForwardExperts(Int8Kernels, CheckedVariables, keras.layers.Layer):
         return rows if layout is None else grouped_products.restore(rows, layout)
 
     def _activate(self, rows):
+        activation = activations.lean(self.activation)
         if not self._gated:
-            return self.activation(rows)
+            return activation(rows)
         through, gate = ops.split(rows, 2, axis=-1)
-        return self.activation(through) * gate
+        return activation(through) * gate
 
     def compute_output_shape(self, rows_shape, rows_per_expert_shape=None):
         return (*rows_shape[:-1], self.output_dim or rows_shape[-1])

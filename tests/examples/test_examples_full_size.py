@@ -64,7 +64,8 @@ def test_training_ends_when_validation_perplexity_no_longer_falls(arguments, mon
     perplexities = iter([5.0, 5.0, float("nan"), float("nan"), 6.0, 6.0, 4.0, 4.0])
 
     def evaluate(*_):
-        return {"MoE-1-Wide": {"perplexity": next(perplexities), "max/mean load": None}}
+        balance = dict.fromkeys(full_size.BALANCE)
+        return {"MoE-1-Wide": {"perplexity": next(perplexities), **balance}}
 
     monkeypatch.setattr(experiment, "evaluate", evaluate)
     args = arguments("patience", "--factors", "1", "--searched", "1", "--patience", "2")
@@ -84,7 +85,8 @@ def test_the_table_compares_equal_steps():
                 "test": perplexity + 1,
                 "ops/timestep": 1,
                 "parameters": 2,
-                "max/mean load": None,
+                "balance": dict.fromkeys(full_size.BALANCE, 2.0),
+                "balance with noise": dict.fromkeys(full_size.BALANCE, 3.0),
             }
             for i, perplexity in enumerate(perplexities)
         ]
@@ -104,6 +106,7 @@ def test_the_table_compares_equal_steps():
     # 40 is 20 % below 50.
     assert rows["MoE-4"]["below, %"] == pytest.approx(20)
     assert rows["4xLSTM-512"]["below, %"] is None
+    assert (rows["MoE-4"]["max/mean load"], rows["MoE-4"]["with noise"]) == (2, 3)
     lstms = rows["4xLSTM-512"]
     assert (lstms["perplexity"], lstms["best"], lstms["at step"]) == (50, 50, 30)
 
@@ -121,3 +124,5 @@ def test_bad_options_are_refused():
         full_size.parse_arguments(["--models", "MoE-5"])
     with pytest.raises(ValueError, match="Received: 7 of 6"):
         full_size.parse_arguments(["--searched", "7", "--evaluations", "6"])
+    with pytest.raises(ValueError, match=r"must be two numbers.*Received: \[0.1\]"):
+        full_size.parse_arguments(["--balance-loss-weights", "0.1"])

@@ -170,6 +170,12 @@ def test_even_loads_leave_little_empty(mean, size):
     assert loops.piece_size(16 * mean, 16) == size
 
 
+@pytest.mark.parametrize("mean, size", [(1, 32), (64, 128), (256, 320), (1024, 1152)])
+def test_places_are_tiles_of_cards(mean, size):
+    # 64 and less; 72 + 56 = 128; 288 + 56 = 344 = 5·64 + 24; 1152 + 56 = 18·64 + 56.
+    assert places.block_size(16 * mean, 16) == size
+
+
 @pytest.mark.parametrize("mean", [16, 40, 64, 1000])
 def test_kernels_of_tpus_compute_at_most_twice_the_rows(mean):
     # Tiles of s rows, s at most the mean load m: N·m / s, and one visit more for each expert but
@@ -181,20 +187,22 @@ def test_kernels_of_tpus_compute_at_most_twice_the_rows(mean):
 
 
 @pytest.mark.parametrize(
-    "load, further", [([20] * N, 0), ([0, 20 * N, 0, 0, 0], 3), ([33, 34, 33, 0, 0], 1)]
+    "load, further", [([100] * N, 0), ([0, 500, 0, 0, 0], 3), ([128, 129, 128, 115, 0], 1)]
 )
 def test_places_for_every_load(load, further):
-    # 20 rows on average: S = 1.25·20 + 8 = 33, and 99 / 33 = 3 further blocks at most, in 8 turns.
-    number = 20 * N
+    # 100 rows on average: 9/8 of it and 56 more are 169, of which 64 divides S = 128; and 499 / 128
+    # = 3 further blocks at most, in 8 turns.
+    number = 100 * N
     there = jax.jit(places.make_places, static_argnums=1)(np.array(load, "int32"), number)
-    assert there.first.row.shape == (N, 33) and there.further.row.shape == (8, 33)
+    assert there.first.row.shape == (N, 128) and there.further.row.shape == (8, 128)
     assert there.number == further
     owner = np.concatenate([there.first.owner, there.further.owner])
     row = np.concatenate([there.first.row, there.further.row])
     assert sorted(row[row >= 0]) == list(range(number))
     assert (row[N + further :] == -1).all()
     expert = np.repeat(np.arange(N), load)
-    np.testing.assert_array_equal(expert[row][row >= 0], np.repeat(owner, 33)[row.reshape(-1) >= 0])
+    owners = np.repeat(owner, 128)[row.reshape(-1) >= 0]
+    np.testing.assert_array_equal(expert[row][row >= 0], owners)
     first = np.array(there.first.row).reshape(-1)
     placed = np.flatnonzero(np.array(there.place) >= 0)
     np.testing.assert_array_equal(placed, np.sort(first[first >= 0]))

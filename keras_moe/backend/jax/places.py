@@ -1,9 +1,9 @@
 """Rows of experts in batches: the way of GPUs, where a few large operations cost less than many.
 
-The sorted rows are copied to blocks of S places, a quarter more than the mean load and a few. The
-first N blocks are one for each expert, and computed in one batch. An expert with more rows than
-places gets further blocks, each with a copy of its parameters; a loop computes those, several at a
-time and only as many as there are. Zeros fill the empty places.
+The sorted rows are copied to blocks of S places, some more than the mean load. The first N blocks
+are one for each expert, and computed in one batch. An expert with more rows than places gets
+further blocks, each with a copy of its parameters; a loop computes those, several at a time and
+only as many as there are. Zeros fill the empty places.
 
 Shapes are static: an expert with c rows takes floor((c - 1) / S) further blocks, so that
 (M - 1) / S are enough for every load.
@@ -18,9 +18,11 @@ import jax.numpy as jnp
 from keras_moe.backend.jax.gradients import with_gradient
 from keras_moe.backend.jax.indices import INDEX, at_least, at_most, gather, index_range, run_of
 
-# What a block has beyond 1.25 times the mean: chance varies small loads more, and on a card an
-# empty place costs little where a matrix is read for a few rows.
-_SPARE = 8
+# S is about 9/8 of the mean load, from which chance leads less far the larger it is. Cards compute
+# tiles of some 128 rows, so multiples of 64 leave little over; and where a matrix is read for a few
+# rows, empty places cost nothing.
+_TILE = 64
+_FEWEST = 32
 _TURNS = 8  # of the loop, if all further blocks that there can be have rows
 
 
@@ -66,7 +68,7 @@ def make_places(rows_per_expert, num_rows):
     num_experts = rows_per_expert.shape[0]
     ends = jnp.cumsum(rows_per_expert)
     starts = ends - rows_per_expert
-    size = at_least(1, at_most(num_rows, -(-5 * num_rows // (4 * num_experts)) + _SPARE))
+    size = at_least(1, at_most(num_rows, block_size(num_rows, num_experts)))
 
     def blocks(owner, nth):
         row = (starts[owner] + nth * size)[:, None] + index_range(size)
@@ -86,6 +88,12 @@ def make_places(rows_per_expert, num_rows):
     number = last[-1] if isinstance(last, jax.core.Tracer) else int(last[-1])
     first = blocks(index_range(num_experts), 0)
     return Places(first, place.astype(INDEX), blocks(owner, nth), number)
+
+
+def block_size(num_rows, num_experts):
+    """Places of a block for an even load, if there are so many rows."""
+    size = -(-9 * num_rows // (8 * num_experts))
+    return at_least(_FEWEST, (size + _TILE - 8) // _TILE * _TILE)
 
 
 def apply(function, rows, rows_per_expert, banks):
