@@ -43,8 +43,8 @@ _DENSE = ("4xLSTM-512", "MoE-1-Wide")
 MODELS = (*_DENSE, "MoE-4", "MoE-32", "MoE-256", "MoE-1024-h")
 # Curves are compared only where all of it is equal.
 _SETTINGS = (
-    "vocabulary_size width dropout balance_loss_weights words_per_batch epochs evaluations searched "
-    "held_out optimizer learning_rate factors schedule warm_up num_sampled seed"
+    "vocabulary_size width dropout balance_loss_weights words_per_batch epochs evaluations "
+    "searched held_out optimizer learning_rate factors schedule warm_up num_sampled seed"
 ).split()
 
 

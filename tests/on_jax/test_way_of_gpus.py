@@ -30,7 +30,9 @@ def test_outputs_and_all_gradients_agree_with_the_oracle(name, monkeypatch):
         routing = layer.route(x)
         chosen = numpy(routing.expert_index)[numpy(routing.gates) > 0]
         load = np.bincount(chosen, minlength=layer.num_experts)
-        assert load.max() > places.block_size(load.sum(), layer.num_experts)  # So there are more blocks than experts.
+        assert load.max() > places.block_size(
+            load.sum(), layer.num_experts
+        )  # So there are more blocks than experts.
     assert_agrees(layer, x, training=True, mask=np.arange(T) % 5 != 0)
 
 
