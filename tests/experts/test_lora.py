@@ -139,6 +139,10 @@ def test_grow_and_prune(expert, enable):
         np.testing.assert_allclose(ours(x), layer.experts.layers[theirs](x), rtol=1e-5)
 
 
+@pytest.mark.skipif(
+    keras.config.backend() == "jax" and "cpu" not in keras.distribution.list_devices()[0],
+    reason="XLA's product of int8 matrices is wrong on GPUs unless 4 divides the inner size",
+)
 @pytest.mark.parametrize("first", ["lora", "quantize"])
 @pytest.mark.parametrize("enable", [every_one, some])
 @pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
