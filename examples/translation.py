@@ -39,7 +39,7 @@ from translating import Translator
 from translation_models import make_model
 
 import keras_moe
-from keras_moe.callbacks import Throughput
+from keras_moe.callbacks import ExpertExamples, Throughput
 from keras_moe.models import TRANSLATION_PRESETS, footprint
 from keras_moe.optimizers import WarmupInverseSqrt
 from keras_moe.serving import versions
@@ -121,8 +121,14 @@ def main(args):
         shown[pair] = translations
 
     name, model = next(iter(together.models.items()))
-    heading(f"What {name} attends to, and its export, which another process translates with")
     tests = pair_batching.together([parts["test"] for parts in data.values()])
+    if model.encoder_middle is not None:
+        heading(f"What the encoder's experts in {name} do: word pieces with the largest gates")
+        batches = make_batches(tests, args)
+        examples = ExpertExamples(batches, pieces.text, model.encoder_middle, tokens=0)
+        examples.find(model)
+        examples.print_best()
+    heading(f"What {name} attends to, and its export, which another process translates with")
     picture = plot_attention(model, tests, pieces, args.output / "attention.png")
     print(f"wrote {picture}")
     exported = keras_moe.export_saved_model(

@@ -106,6 +106,10 @@ class WordPieces:
         """Turns ids [B, L], ragged or padded, into strings [B]. Ends are left out."""
         return self._tokenizer.detokenize(ids)
 
+    def text(self, ids):
+        """A list of ids as a string. What is cut off within a character shows as �."""
+        return self.detokenize(tf.constant([ids], tf.int32)).numpy()[0].decode(errors="replace")
+
     def names(self, ids):
         """The pieces of a list of ids as strings, for pictures."""
         return [

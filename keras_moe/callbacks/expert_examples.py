@@ -48,6 +48,8 @@ class ExpertExamples(keras.callbacks.Callback):
             nothing, such as `StringLookup.get_vocabulary()`; or a function from a list of integers
             to a string, such as a tokeniser's `decode`.
         layer: The `SparseMoE` or its name. Default: the only one of the model.
+        tokens: Which part of `x` are the tokens, where a model takes several: an index or a key,
+            such as 0 for the encoder of a `TranslationModel`, 1 for its decoder.
         experts: How many experts to print, first those whose examples have the largest gates;
             `None` prints all.
         examples: How many examples to keep of each expert.
@@ -61,8 +63,8 @@ class ExpertExamples(keras.callbacks.Callback):
 
     Raises:
         ValueError: If `x` can be read only once, never ends, or is not integer tokens [B, L]; if
-            the layer's positions are not those of the tokens, the model has no such layer, or the
-            vocabulary doesn't have a token.
+            the layer's positions are not those of the tokens, the model has no such layer, `x` no
+            such part, or the vocabulary doesn't have a token.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class ExpertExamples(keras.callbacks.Callback):
         vocabulary,
         layer=None,
         *,
+        tokens=None,
         experts=3,
         examples=6,
         before=6,
@@ -81,6 +84,7 @@ class ExpertExamples(keras.callbacks.Callback):
         self.x = inspection.check_batches(x)
         self.vocabulary = vocabulary
         self.layer = layer
+        self.tokens = tokens
         self.experts = experts
         self.examples = examples
         self.before = before
@@ -104,7 +108,7 @@ class ExpertExamples(keras.callbacks.Callback):
         best = [[] for _ in self.load]  # of each expert, (gate, line, position, tokens of the line)
         first_line = 0
         for x in inspection.batches(self.x):
-            tokens = _check_tokens(x)
+            tokens = _check_tokens(x if self.tokens is None else _part(x, self.tokens))
             for routing in inspection.routings(model, x, {name: layer})[name]:
                 if len(routing.gates) != tokens.size:
                     raise ValueError(
@@ -176,12 +180,24 @@ def _by_expert(expert, gate, num_experts):
     return np.split(order, np.searchsorted(expert[order], np.arange(1, num_experts)))
 
 
+def _part(x, key):
+    """The input of that index or key."""
+    try:
+        return x[key]
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            "`tokens` must be the index or key of one of the model's inputs in `x`. Received: "
+            f"tokens={key!r}, for inputs of type {type(x).__name__}"
+        ) from error
+
+
 def _check_tokens(x):
     """Tokens as an integer array [B, L]."""
-    tokens = np.array(x)
+    tokens = np.array(x if hasattr(x, "shape") else None)  # Else several inputs.
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
         raise ValueError(
-            "`x` must be batches of integer tokens [B, L]. Received: "
-            f"{type(x).__name__} of shape {tokens.shape}, dtype {tokens.dtype}"
+            "`x` must be batches of integer tokens [B, L]; where a model takes several inputs, "
+            f"`tokens` says which. Received: {type(x).__name__} of shape {tokens.shape}, dtype "
+            f"{tokens.dtype}"
         )
     return tokens

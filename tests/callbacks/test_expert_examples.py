@@ -1,5 +1,7 @@
 """`ExpertExamples`: the inputs that single experts like best."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from keras import ops
 
 from keras_moe import Routing, SparseMoE, losses
 from keras_moe.callbacks import ExpertExample, ExpertExamples
+from keras_moe.models import TRANSLATION_PRESETS, TranslationModel
 
 WORDS = ["", "a", "big", "cat", "sat", "down", "today"]
 
@@ -137,6 +140,29 @@ def test_positions_have_to_be_those_of_the_tokens():
     )
     with pytest.raises(ValueError, match=r"shape \(4, 4\), for which .* routed 4 examples"):
         ExpertExamples(LINES, WORDS).find(pooled)
+
+
+@pytest.mark.parametrize("part, key", [("encoder", 0), ("decoder", 1)])
+def test_each_mixture_of_a_translation_model_has_tokens_of_its_own(part, key):
+    preset = dataclasses.replace(TRANSLATION_PRESETS["MoE-32"], num_experts=4, k=2)
+    model = TranslationModel.from_preset(preset, len(WORDS), width=8, seed=0)
+    sources, targets = LINES, np.array([(2, 5, 5, 6, 1), (2, 6, 0, 0, 0)] * 2)
+    model((sources, targets))
+    batches = [((sources[:3], targets[:3]), targets[:3]), ((sources[3:], targets[3:]), targets[3:])]
+    examples = ExpertExamples(batches, WORDS, f"{part}_moe", tokens=key, examples=40)
+    examples.find(model)
+    lines, found = (sources, targets)[key], sum(examples.best, [])
+    # Words meet experts, padding none; all of them are kept.
+    real = {(i, j) for i, j in zip(*np.nonzero(lines), strict=True)}
+    assert {(e.line, e.position) for e in found} <= real and len(found) == examples.load.sum() > 0
+    assert all(e.token == WORDS[lines[e.line, e.position]] for e in found)
+
+    with pytest.raises(ValueError, match="several inputs, `tokens` says which. Received: tuple"):
+        ExpertExamples(batches, WORDS, f"{part}_moe").find(model)
+    with pytest.raises(ValueError, match="index or key of .* Received: tokens=2, .* type tuple"):
+        ExpertExamples(batches, WORDS, f"{part}_moe", tokens=2).find(model)
+    with pytest.raises(ValueError, match="for which .* routed"):  # The others are as many lines.
+        ExpertExamples(batches, WORDS, f"{part}_moe", tokens=1 - key).find(model)
 
 
 @pytest.mark.parametrize(

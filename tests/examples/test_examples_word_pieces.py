@@ -31,6 +31,14 @@ def pieces(model):
     return WordPieces(model)
 
 
+def test_some_ids_are_shown_as_text(pieces):
+    (ids,) = pieces.tokenize(["été 🙂"]).to_list()
+    # An end and padding are nothing, and of four bytes the first alone is no character.
+    assert pieces.text([*ids, vocabulary.EOS_ID, vocabulary.PADDING_ID]) == "été 🙂"
+    assert pieces.text(ids[:-3]) == "été \ufffd"
+    assert pieces.text([]) == ""
+
+
 def restored(pieces, strings):
     return [text.decode() for text in pieces.detokenize(pieces.tokenize(strings)).numpy()]
 
