@@ -105,3 +105,8 @@ def few_in_jax(values, usual):
         pytest.param(value, id=name, marks=[pytest.mark.exhaustive] if name in left_out else [])
         for name, value in values.items()
     ]
+
+
+def draws(number, in_jax):
+    """How many examples hypothesis tries: fewer under JAX, where each is compiled anew."""
+    return in_jax if keras.config.backend() == "jax" else number

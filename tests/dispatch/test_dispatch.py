@@ -3,6 +3,7 @@
 import hypothesis
 import numpy as np
 import pytest
+from combinations import draws
 from gradients import with_gradients
 from hypothesis import strategies as st
 from keras import ops
@@ -47,7 +48,7 @@ def test_plan_of_no_example_with_places():
     np.testing.assert_array_equal(plan.choice, np.zeros(6))
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=draws(50, in_jax=12), deadline=None)
 @hypothesis.given(data=st.data())
 def test_every_row_meets_its_expert_and_comes_back(data):
     num_experts = data.draw(st.integers(1, 6))

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+from combinations import draws
 from helpers import assign_random_weights, call_gradients_and_routing
 from hypothesis import strategies as st
 from inputs import policies
@@ -208,7 +209,7 @@ def counting_as(even):
     return mock.patch.object(loops, "is_even", lambda _: tf.constant(even))
 
 
-@settings(12 if keras.config.backend() == "jax" else 120)
+@settings(draws(120, in_jax=12))
 @hypothesis.given(case=cases(), training=st.booleans(), even=st.booleans())
 def test_nothing_that_the_arguments_allow_breaks_a_layer(case, training, even):
     layer = layer_of(case)

@@ -4,6 +4,7 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
+from combinations import draws
 from helpers import (
     EXAMPLES,
     WIDTH,
@@ -60,7 +61,7 @@ def test_biases_deep_experts_and_a_mask_agree_with_the_oracle(training):
     assert_agrees(layer, x, training=training, mask=rng.random(EXAMPLES) < 0.6)
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=draws(40, in_jax=12), deadline=None)
 @hypothesis.given(data=st.data())
 def test_any_shape_agrees_with_the_oracle(data):
     num_experts = data.draw(st.integers(1, 9), label="num_experts")
