@@ -48,8 +48,9 @@ class ExpertExamples(keras.callbacks.Callback):
             nothing, such as `StringLookup.get_vocabulary()`; or a function from a list of integers
             to a string, such as a tokeniser's `decode`.
         layer: The `SparseMoE` or its name. Default: the only one of the model.
-        tokens: Which part of `x` are the tokens, where a model takes several: an index or a key,
-            such as 0 for the encoder of a `TranslationModel`, 1 for its decoder.
+        tokens: Which of the model's inputs are the tokens, where it takes several: an index or a
+            key, such as 0 for the encoder of a `TranslationModel`, 1 for its decoder. Several
+            inputs come in batches, `[((source, target), words)]`.
         experts: How many experts to print, first those whose examples have the largest gates;
             `None` prints all.
         examples: How many examples to keep of each expert.
@@ -108,7 +109,7 @@ class ExpertExamples(keras.callbacks.Callback):
         best = [[] for _ in self.load]  # of each expert, (gate, line, position, tokens of the line)
         first_line = 0
         for x in inspection.batches(self.x):
-            tokens = _check_tokens(x if self.tokens is None else _part(x, self.tokens))
+            tokens = _check_tokens(_part(x, self.tokens))
             for routing in inspection.routings(model, x, {name: layer})[name]:
                 if len(routing.gates) != tokens.size:
                     raise ValueError(
@@ -181,23 +182,27 @@ def _by_expert(expert, gate, num_experts):
 
 
 def _part(x, key):
-    """The input of that index or key."""
+    """The input of that index or key, where there are several; else the only one."""
+    if hasattr(x, "shape") and key is None:
+        return x
     try:
+        if hasattr(x, "shape") or key is None:
+            raise KeyError(key)
         return x[key]
     except (IndexError, KeyError, TypeError) as error:
+        found = list(x) if isinstance(x, dict) else type(x).__name__
         raise ValueError(
-            "`tokens` must be the index or key of one of the model's inputs in `x`. Received: "
-            f"tokens={key!r}, for inputs of type {type(x).__name__}"
+            "`tokens` must say by its index or key which of the model's inputs are the tokens, and "
+            f"be `None` where there is one. Received: tokens={key!r}, for batches of {found}"
         ) from error
 
 
 def _check_tokens(x):
     """Tokens as an integer array [B, L]."""
-    tokens = np.array(x if hasattr(x, "shape") else None)  # Else several inputs.
+    tokens = np.array(x)
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
         raise ValueError(
-            "`x` must be batches of integer tokens [B, L]; where a model takes several inputs, "
-            f"`tokens` says which. Received: {type(x).__name__} of shape {tokens.shape}, dtype "
-            f"{tokens.dtype}"
+            "`x` must be batches of integer tokens [B, L]. Received: "
+            f"{type(x).__name__} of shape {tokens.shape}, dtype {tokens.dtype}"
         )
     return tokens

@@ -170,9 +170,11 @@ def test_even_loads_leave_little_empty(mean, size):
     assert loops.piece_size(16 * mean, 16) == size
 
 
-@pytest.mark.parametrize("mean, size", [(1, 32), (64, 128), (256, 320), (1024, 1152)])
+@pytest.mark.parametrize(
+    "mean, size", [(1, 64), (48, 64), (49, 128), (256, 320), (1024, 1152), (1025, 1216)]
+)
 def test_places_are_tiles_of_cards(mean, size):
-    # 64 and less; 72 + 56 = 128; 288 + 56 = 344 = 5·64 + 24; 1152 + 56 = 18·64 + 56.
+    # Multiples of 64 for 1 + 16, 48 + 16, 49 + 16, 256 + 32, 1024 + 128 and 1025 + 128.
     assert places.block_size(16 * mean, 16) == size
 
 
@@ -190,8 +192,8 @@ def test_kernels_of_tpus_compute_at_most_twice_the_rows(mean):
     "load, further", [([100] * N, 0), ([0, 500, 0, 0, 0], 3), ([128, 129, 128, 115, 0], 1)]
 )
 def test_places_for_every_load(load, further):
-    # 100 rows on average: 9/8 of it and 56 more are 169, of which 64 divides S = 128; and 499 / 128
-    # = 3 further blocks at most, in 8 turns.
+    # 100 rows on average: S = 128 has room for 16 more; and 499 // 128 = 3 further blocks at most,
+    # in 8 turns.
     number = 100 * N
     there = jax.jit(places.make_places, static_argnums=1)(np.array(load, "int32"), number)
     assert there.first.row.shape == (N, 128) and there.further.row.shape == (8, 128)

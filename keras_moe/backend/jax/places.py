@@ -1,7 +1,7 @@
 """Rows of experts in batches: the way of GPUs, where a few large operations cost less than many.
 
-The sorted rows are copied to blocks of S places, some more than the mean load. The first N blocks
-are one for each expert, and computed in one batch. An expert with more rows than places gets
+The sorted rows are copied to blocks of S places, more than the mean load. The first N blocks are
+one for each expert, and computed in one batch. An expert with more rows than places gets
 further blocks, each with a copy of its parameters; a loop computes those, several at a time and
 only as many as there are. Zeros fill the empty places.
 
@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from keras_moe.backend.jax.gradients import with_gradient
 from keras_moe.backend.jax.indices import INDEX, at_least, at_most, gather, index_range, run_of
 
-# S is about 9/8 of the mean load, from which chance leads less far the larger it is. Cards compute
-# tiles of some 128 rows, so multiples of 64 leave little over; and where a matrix is read for a few
-# rows, empty places cost nothing.
+# S has room for an eighth more than the mean load, or 16 rows: chance moves a large load by a small
+# part of it. Cards compute tiles of 128 rows and more, of which multiples of 64 waste few. Where a
+# matrix is read for few rows, empty places should cost little.
 _TILE = 64
-_FEWEST = 32
+_SPARE = 16
 _TURNS = 8  # of the loop, if all further blocks that there can be have rows
 
 
@@ -91,9 +91,9 @@ def make_places(rows_per_expert, num_rows):
 
 
 def block_size(num_rows, num_experts):
-    """Places of a block for an even load, if there are so many rows."""
-    size = -(-9 * num_rows // (8 * num_experts))
-    return at_least(_FEWEST, (size + _TILE - 8) // _TILE * _TILE)
+    """Places of a block, if there are so many rows."""
+    mean = -(-num_rows // num_experts)
+    return -(-(mean + at_least(_SPARE, mean // 8)) // _TILE) * _TILE
 
 
 def apply(function, rows, rows_per_expert, banks):
