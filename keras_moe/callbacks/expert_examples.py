@@ -182,19 +182,17 @@ def _by_expert(expert, gate, num_experts):
 
 
 def _part(x, key):
-    """The input of that index or key, where there are several; else the only one."""
-    if hasattr(x, "shape") and key is None:
-        return x
-    try:
-        if hasattr(x, "shape") or key is None:
-            raise KeyError(key)
-        return x[key]
-    except (IndexError, KeyError, TypeError) as error:
-        found = list(x) if isinstance(x, dict) else type(x).__name__
+    """The input of that index or key; where there is only one, its key is `None`."""
+    if hasattr(x, "shape"):
+        inputs = {None: x}
+    else:
+        inputs = x if isinstance(x, dict) else dict(enumerate(x))
+    if key not in inputs:
         raise ValueError(
-            "`tokens` must say by its index or key which of the model's inputs are the tokens, and "
-            f"be `None` where there is one. Received: tokens={key!r}, for batches of {found}"
-        ) from error
+            "`tokens` must say which of the model's inputs are the tokens, and be `None` where "
+            f"there is one. Received: tokens={key!r}, where there are {list(inputs)}"
+        )
+    return inputs[key]
 
 
 def _check_tokens(x):

@@ -158,9 +158,9 @@ def test_each_mixture_of_a_translation_model_has_tokens_of_its_own(part, key):
     assert all(e.token == WORDS[lines[e.line, e.position]] for e in found)
 
     for wrong in (None, 2, "source"):
-        with pytest.raises(ValueError, match=f"Received: tokens={wrong!r}, for batches of tuple"):
+        with pytest.raises(ValueError, match=rf"Received: tokens={wrong!r}, where .* \[0, 1\]"):
             ExpertExamples(batches, WORDS, f"{part}_moe", tokens=wrong).find(model)
-    with pytest.raises(ValueError, match="Received: tokens=0, for batches of ndarray"):
+    with pytest.raises(ValueError, match=r"Received: tokens=0, where .* \[None\]"):
         ExpertExamples(LINES, WORDS, tokens=0).find(word_model())
     with pytest.raises(ValueError, match="for which .* routed"):  # The others are as many lines.
         ExpertExamples(batches, WORDS, f"{part}_moe", tokens=1 - key).find(model)
@@ -171,7 +171,7 @@ def test_each_mixture_of_a_translation_model_has_tokens_of_its_own(part, key):
     [
         (LINES.astype("float32"), WORDS, r"integer tokens.*shape \(4, 4\), dtype float32"),
         (LINES[0], WORDS, r"integer tokens.*shape \(4,\), dtype int"),
-        ({"tokens": LINES}, WORDS, r"Received: tokens=None, for batches of \['tokens'\]"),
+        ({"tokens": LINES}, WORDS, r"Received: tokens=None, where .* \['tokens'\]"),
         (LINES, WORDS[:3], "3 words, token [3-6]"),
     ],
 )
