@@ -141,7 +141,7 @@ def test_grow_and_prune(expert, enable):
 
 @pytest.mark.skipif(
     keras.config.backend() == "jax" and "cpu" not in keras.distribution.list_devices()[0],
-    reason="XLA's product of int8 matrices is wrong on GPUs unless 4 divides the inner size",
+    reason="XLA's product of int8 matrices is wrong on GPUs for these inner sizes, 5 and 6",
 )
 @pytest.mark.parametrize("first", ["lora", "quantize"])
 @pytest.mark.parametrize("enable", [every_one, some])
