@@ -18,9 +18,8 @@ FROZEN_PEERS := tensor2tensor==1.15.7 tf-models-official==2.20.0
 GPU_TESTS := $(addprefix tests/,test_gpu.py test_losses.py backend gating experts dispatch mixture \
     layers models optimizers surgery)
 JAX_TESTS := $(addprefix tests/,on_jax test_architecture.py test_losses.py backend/test_backends.py \
-    dispatch gating contract saving surgery/test_upcycle_model.py \
+    dispatch gating contract layers saving surgery/test_upcycle_model.py \
     $(addprefix optimizers/test_,optimizers.py optimizers_slots.py schedules.py) \
-    $(addprefix layers/test_,attention_lstm.py product_attention.py projected_lstm.py) \
     $(addprefix experts/test_,feed_forward.py int8.py layer_experts.py) \
     $(addprefix mixture/test_,sparse_moe.py hierarchical_moe.py survival_inputs.py survival_training.py) \
     $(addprefix models/test_,beam_search.py footprint.py sampling.py translate.py))

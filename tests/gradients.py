@@ -21,10 +21,20 @@ def with_gradients(function, tensors, variables, way="eager", unconnected="none"
     Returns:
         The structure, and lists of the gradients by the float tensors and by the variables.
     """
-    return _IN[keras.config.backend()](function, tensors, variables, way, unconnected)
+    return steps(function, tensors, variables, way, unconnected)()
 
 
-def _in_tensorflow(function, tensors, variables, way, unconnected):
+def steps(function, tensors, variables, way="eager", unconnected="none", slices=False):
+    """Returns what calls and differentiates again and again, as `with_gradients` does once.
+
+    So what is random is drawn anew, and what is compiled is so once. With `slices` the gradients
+    may be TensorFlow's `IndexedSlices`.
+    """
+    make = _IN[keras.config.backend()]
+    return make(function, tensors, variables, way, unconnected, slices)
+
+
+def _in_tensorflow(function, tensors, variables, way, unconnected, slices=False):
     import tensorflow as tf
 
     def step(*tensors):
@@ -45,22 +55,31 @@ def _in_tensorflow(function, tensors, variables, way, unconnected):
         step = tf.function(
             step, input_signature=signature, jit_compile=way.startswith("xla"), autograph=False
         )
-    structure, *gradients = step(*tensors)
-    for gradient in keras.tree.flatten(gradients):
-        assert not isinstance(gradient, tf.IndexedSlices)
-    return structure, *gradients
+
+    def call():
+        structure, *gradients = step(*tensors)
+        for gradient in keras.tree.flatten(gradients):
+            assert slices or not isinstance(gradient, tf.IndexedSlices)
+        return structure, *gradients
+
+    return call
 
 
-def _in_jax(function, tensors, variables, way, unconnected):
+def _in_jax(function, tensors, variables, way, unconnected, slices):
     import jax
 
     pure, some, state, structures = _pure(function, tensors, variables)
     step = jax.jit(jax.grad(pure, argnums=(0, 1), has_aux=True))
-    gradients, (flat, after) = step(some, [v.value for v in variables], [v.value for v in state])
-    for variable, value in zip(state, after, strict=True):
-        variable.assign(value)
-    structure = keras.tree.pack_sequence_as(structures[-1], flat)
-    return structure, *map(list, gradients)
+
+    def call():
+        values = ([v.value for v in part] for part in (variables, state))
+        gradients, (flat, after) = step(some, *values)
+        for variable, value in zip(state, after, strict=True):
+            variable.assign(value)
+        structure = keras.tree.pack_sequence_as(structures[-1], flat)
+        return structure, *map(list, gradients)
+
+    return call
 
 
 def _pure(function, tensors, variables):
@@ -150,7 +169,7 @@ def _second_in_tensorflow(function, tensors, variables, direction):
     def gradients(x):
         for variable, value in [*beginning, *zip(variables, x[len(tensors) :], strict=True)]:
             variable.assign(value)
-        found = _in_tensorflow(function, x[: len(tensors)], variables, "eager", "zero")
+        found = _in_tensorflow(function, x[: len(tensors)], variables, "eager", "zero")()
         return [*found[1], *found[2]]
 
     values = [variable.value for variable in variables]

@@ -1,8 +1,11 @@
 """`SampledSoftmax`: in training an estimate of the softmax that evaluation computes."""
 
+import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from gradients import steps
+from keras import ops
+from keras.ops import convert_to_numpy as numpy
 
 from keras_moe.layers import SampledSoftmax
 
@@ -38,21 +41,33 @@ def test_evaluation_is_the_whole_softmax_and_draws_nothing(case):
     np.testing.assert_array_equal(softmax(hidden), softmax(hidden))
 
 
+def sampled_steps(softmax, hidden, targets):
+    """A function that draws words: the loss of each target, then gradients of the losses' sum.
+
+    Those by the hidden states, the kernel and the bias.
+    """
+
+    def step(hidden, targets):
+        losses = softmax.sampled_loss(hidden, targets)
+        return ops.sum(losses), losses
+
+    step.layer = softmax
+    weights = [softmax.kernel, softmax.bias]
+    draw = steps(step, [hidden, targets], weights, "graph", slices=True)
+
+    def call():
+        losses, by_hidden, by_weights = draw()
+        return [numpy(x) for x in (losses, *by_hidden, *by_weights)]
+
+    return call
+
+
 def mean_of_draws(num_sampled, case, draws=200):
     """Loss of each word, and the gradients of their mean, averaged over draws."""
     hidden, targets, weights = case
-    softmax, hidden = made(num_sampled, weights), tf.constant(hidden)
-
-    @tf.function
-    def draw():
-        with tf.GradientTape() as tape:
-            tape.watch(hidden)
-            losses = softmax.sampled_loss(hidden, tf.constant(targets))
-        sources = [hidden, *(weight.value for weight in softmax.weights)]
-        return losses, *map(tf.convert_to_tensor, tape.gradient(losses, sources))
-
-    results = [draw() for _ in range(draws)]
-    return [np.mean(parts, axis=0) for parts in zip(*results, strict=True)]
+    softmax = made(num_sampled, weights)
+    draw = sampled_steps(softmax, hidden, targets)
+    return [np.mean(parts, axis=0) for parts in zip(*(draw() for _ in range(draws)), strict=True)]
 
 
 def test_loss_and_gradients_come_closer_to_the_whole_softmax_the_more_is_drawn(case):
@@ -66,7 +81,7 @@ def test_loss_and_gradients_come_closer_to_the_whole_softmax_the_more_is_drawn(c
         hidden.T @ of_logits,
         of_logits.sum(axis=0),
     ]
-    tf.random.set_seed(1)
+    keras.utils.set_random_seed(1)
     errors = []
     for num_sampled in (2, 10, VOCABULARY):
         received = mean_of_draws(num_sampled, case)
@@ -83,7 +98,60 @@ def test_loss_and_gradients_come_closer_to_the_whole_softmax_the_more_is_drawn(c
     assert np.all(all_words < 0.05)
 
 
+def test_loss_and_gradients_of_a_draw_are_those_of_its_formula(case):
+    hidden, targets, (kernel, bias) = case
+    softmax = made(5, (kernel, bias))
+    # Of a word drawn that some of the targets are, and of others; of chances as they may be.
+    drawn = np.array([targets[0], targets[1], *sorted(set(range(VOCABULARY)) - {*targets[:2]})[:3]])
+    all_chances = np.linspace(0.9, 0.01, VOCABULARY)
+    found = [
+        drawn.astype("int32"),
+        *(all_chances[ids].astype("float32") for ids in (targets, drawn)),
+    ]
+    softmax._sampler = lambda targets, seed: [ops.convert_to_tensor(x) for x in found]
+
+    corrected = bias - np.log(all_chances)
+    target = np.sum(hidden * kernel.T[targets], axis=1) + corrected[targets]
+    others = hidden @ kernel[:, drawn] + corrected[drawn]
+    others[drawn == targets[:, None]] = -np.inf  # A word is no rival of itself.
+    logits = np.concatenate([target[:, None], others], axis=1)
+    total = np.exp(logits).sum(axis=1)
+    # -log of the softmax of the target, whose derivative by its logit is p - 1, by the others' p.
+    words = np.concatenate([targets[:, None], np.tile(drawn, (WORDS, 1))], axis=1)
+    of_logits = np.exp(logits) / total[:, None] - np.eye(6)[0]
+    by_kernel, by_bias = np.zeros_like(kernel), np.zeros_like(bias)
+    np.add.at(by_kernel.T, words, of_logits[..., None] * hidden[:, None])
+    np.add.at(by_bias, words, of_logits)
+    by_hidden = np.einsum("tw,twd->td", of_logits, kernel.T[words])
+    expected = [np.log(total) - target, by_hidden, by_kernel, by_bias]
+
+    received = sampled_steps(softmax, hidden, targets)()
+    for ours, wanted in zip(received, expected, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_words_are_drawn_once_each_and_as_often_as_the_sampler_tells():
+    softmax, times = made(10), 400
+    keras.utils.set_random_seed(1)
+    every_word = np.arange(VOCABULARY)
+    seen, told = np.zeros(VOCABULARY), np.zeros(VOCABULARY)
+    for _ in range(times):
+        drawn, chances, of_drawn = map(numpy, softmax._sampler(every_word, None))
+        assert len(set(drawn)) == len(drawn) == 10
+        np.testing.assert_allclose(of_drawn, chances[drawn], rtol=1e-5)
+        seen[drawn] += 1 / times
+        told += chances / times
+    # Frequencies are off by sqrt(1/4 / 400) = 0.025 at most, of 40 the largest by 3.2 times that.
+    np.testing.assert_allclose(seen, told, atol=0.1)
+    # Common words more often: in one draw word 0 has the chance log 2 / log 41 = 0.19, and the
+    # last one log(41/40) / log 41 = 0.007.
+    assert told[0] > 0.8 and told[-1] < 0.15
+
+
+@pytest.mark.tensorflow("it compares with what only TensorFlow has")
 def test_loss_and_gradients_are_those_of_tensorflow(case):
+    import tensorflow as tf
+
     hidden, targets, weights = case
     softmax, hidden = made(12, weights), tf.constant(hidden)
     softmax.seed = 5
