@@ -18,10 +18,11 @@ FROZEN_PEERS := tensor2tensor==1.15.7 tf-models-official==2.20.0
 GPU_TESTS := $(addprefix tests/,test_gpu.py test_losses.py backend gating experts dispatch mixture \
     layers models optimizers surgery)
 JAX_TESTS := $(addprefix tests/,on_jax test_architecture.py test_losses.py backend/test_backends.py \
-    dispatch gating contract layers saving surgery/test_upcycle_model.py \
+    callbacks dispatch gating contract layers saving surgery/test_upcycle_model.py \
     $(addprefix optimizers/test_,optimizers.py optimizers_slots.py schedules.py) \
     $(addprefix experts/test_,feed_forward.py int8.py layer_experts.py) \
-    $(addprefix mixture/test_,sparse_moe.py hierarchical_moe.py survival_inputs.py survival_training.py) \
+    $(addprefix mixture/test_,sparse_moe.py hierarchical_moe.py balance_logs.py survival_inputs.py \
+        survival_training.py) \
     $(addprefix models/test_,beam_search.py footprint.py sampling.py translate.py))
 TWO_GPU_TESTS := tests/test_gpu.py $(wildcard tests/distribute/test_distribute*.py)
 

@@ -245,6 +245,22 @@ def next_words(batch=32, length=10):
     return x, np.where(x > 0, x + 1, 0)
 
 
+def way_back(model):
+    """Returns a function that sets a model and its optimizer to what they hold now.
+
+    So one compiled training step serves several courses.
+    """
+    model.optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *model.optimizer.variables]
+    values = [np.array(numpy(variable)) for variable in variables]
+
+    def go_back():
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    return go_back
+
+
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 

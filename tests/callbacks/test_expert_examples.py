@@ -5,7 +5,6 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from helpers import CROSS_ENTROPY
 from keras import ops
 
@@ -97,11 +96,12 @@ def test_the_best_examples_of_each_expert(capsys):
     )
 
 
-@pytest.mark.parametrize("lines", [1, 2, 3])
+@pytest.mark.parametrize("lines", [2, 3])
 def test_batches_do_not_change_the_examples(lines):
     model = word_model()
-    # Batches of 2 lines have 3 choices per word instead of 2.
-    batches = tf.data.Dataset.from_tensor_slices((LINES, LINES)).batch(lines)
+    # Batches of 2 lines have 3 choices per word instead of 2; behind one of 3 there is one of 1.
+    starts = range(0, len(LINES), lines)
+    batches = [(LINES[i : i + lines], LINES[i : i + lines]) for i in starts]
     whole = ExpertExamples(LINES, WORDS)
     parts = ExpertExamples(batches, lambda ids: " ".join(WORDS[i] for i in ids if i), layer="moe")
     whole.find(model)

@@ -5,21 +5,30 @@ import collections
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from helpers import CROSS_ENTROPY, WIDTH, assign_random_weights, language_model, next_words
+from helpers import (
+    CROSS_ENTROPY,
+    WIDTH,
+    assign_random_weights,
+    language_model,
+    next_words,
+    way_back,
+)
+from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import HierarchicalMoE, SparseMoE
 from keras_moe.callbacks import ExpertExamples, ExpertLoadReport
 from keras_moe.callbacks.tensorboard import load_picture
 
 BLACK, GREY, DEEP_RED, DEEP_BLUE = (0, 0, 0), (240, 240, 240), (185, 25, 45), (33, 90, 170)
+# One operation after the other, each of which JAX would compile for itself.
+EAGERLY = keras.config.backend() == "tensorflow"
 
 
 def rows_per_expert(layer, x, mask=None):
     """Counted choice by choice."""
     routing = layer.route(x, mask=mask)
     load = np.zeros(layer.num_experts)
-    for experts, gates in zip(routing.expert_index.numpy(), routing.gates.numpy(), strict=True):
+    for experts, gates in zip(numpy(routing.expert_index), numpy(routing.gates), strict=True):
         for expert, gate in zip(experts, gates, strict=True):
             load[expert] += gate > 0
     return load
@@ -27,6 +36,8 @@ def rows_per_expert(layer, x, mask=None):
 
 def events(folder):
     """{tag: {step: (plugin, array)}} of all event files in a folder."""
+    import tensorflow as tf
+
     found = collections.defaultdict(dict)
     for path in sorted(folder.iterdir()):
         for record in tf.data.TFRecordDataset(str(path)):
@@ -38,10 +49,17 @@ def events(folder):
     return found
 
 
+def decoded(png):
+    """A picture as integers [height, width, 3]."""
+    import tensorflow as tf
+
+    return tf.io.decode_png(png).numpy().astype(int)
+
+
 def test_the_event_file_shows_the_load_after_every_epoch(tmp_path):
     x, y = next_words()
     model = language_model()
-    model.compile(keras.optimizers.Adam(0.03), CROSS_ENTROPY, run_eagerly=True)
+    model.compile(keras.optimizers.Adam(0.03), CROSS_ENTROPY, run_eagerly=EAGERLY)
 
     def load():
         return rows_per_expert(model.layers[1], model.layers[0](x), mask=x > 0)
@@ -79,7 +97,7 @@ def test_the_event_file_shows_the_load_after_every_epoch(tmp_path):
 
         plugin, (width, height, png) = found["moe/load_over_even_share"][step]
         assert plugin == "images"
-        picture = tf.io.decode_png(png).numpy().astype(int)
+        picture = decoded(png)
         assert picture.shape == (int(height), int(width), 3) == (8 * 16 + 1, (step + 1) * 16 + 1, 3)
         for (expert, time), count in np.ndenumerate(np.transpose(expected[: step + 1])):
             cell = picture[expert * 16 + 1 : expert * 16 + 16, time * 16 + 1 : time * 16 + 16]
@@ -102,6 +120,14 @@ def test_the_colours_of_the_picture():
     assert load_picture(np.ones((2, 300))).shape == (300 * 5 + 1, 2 * 5 + 1, 3)
 
 
+def report_once(report, model):
+    """What `fit` has a callback do before the first epoch."""
+    report.set_model(model)
+    report.on_train_begin()
+    report.on_epoch_begin(0)
+    report.on_train_end()
+
+
 class Pairs(keras.utils.PyDataset):
     def __len__(self):
         return 4
@@ -111,28 +137,38 @@ class Pairs(keras.utils.PyDataset):
         return x[8 * i : 8 * i + 8], y[8 * i : 8 * i + 8]
 
 
-@pytest.mark.parametrize(
-    "batches",
-    [
-        keras.ops.convert_to_tensor,
-        lambda x: tf.data.Dataset.from_tensor_slices(x).batch(5),
-        lambda x: tf.data.Dataset.from_tensor_slices((x, x, x > 0)).batch(5),
-        lambda x: [x[:7], (x[7:9],), (x[9:], None)],
-        lambda x: Pairs(),
-    ],
-    ids=["tensor", "dataset", "dataset with targets", "list", "PyDataset"],
-)
-def test_batches_of_every_kind_count_alike(batches, tmp_path):
+def dataset(data):
+    """A `tf.data.Dataset` of examples, which Keras takes under every backend."""
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(data)
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Sequences, a model, and the rows that each of its experts gets of them."""
     x, _ = next_words()
     model = language_model()
     model.build((None, None))
     assign_random_weights(model.layers[1], np.random.default_rng(0))
-    expected = rows_per_expert(model.layers[1], model.layers[0](x), mask=x > 0)
+    return x, model, rows_per_expert(model.layers[1], model.layers[0](x), mask=x > 0)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        keras.ops.convert_to_tensor,
+        lambda x: dataset(x).batch(24),
+        lambda x: dataset((x, x, x > 0)).batch(24),
+        lambda x: [x[:8], (x[8:16],), (x[16:24], None), x[24:]],
+        lambda x: Pairs(),
+    ],
+    ids=["tensor", "dataset", "dataset with targets", "list", "PyDataset"],
+)
+def test_batches_of_every_kind_count_alike(batches, counted, tmp_path):
+    x, model, expected = counted
     report = ExpertLoadReport(batches(x), tmp_path)
-    report.set_model(model)
-    report.on_train_begin()
-    report.on_epoch_begin(0)
-    report.on_train_end()
+    report_once(report, model)
     np.testing.assert_array_equal(report.load["moe"][0], expected)
 
 
@@ -173,9 +209,8 @@ def test_all_layers_of_a_subclassed_model_are_counted(tmp_path):
         id(wrapped): rows_per_expert(wrapped, middle) + rows_per_expert(wrapped, 3.0 - middle),
         id(deep): rows_per_expert(deep, model.second(middle)),
     }
-    model.compile("sgd", "mse", run_eagerly=True)
     report = ExpertLoadReport({"x": x}, tmp_path)
-    model.fit({"x": x}, x, verbose=0, callbacks=[report])
+    report_once(report, model)
     # The first two have the same name; both K = 1, one with 20 rows and one with twice as many.
     assert report.load.keys() == {"moe", "moe_1", "deep"}
     one, other = sorted((report.load["moe"][0], report.load["moe_1"][0]), key=np.sum)
@@ -188,21 +223,28 @@ def test_all_layers_of_a_subclassed_model_are_counted(tmp_path):
 
 def test_reports_leave_training_and_its_logs_alone(tmp_path):
     x, y = next_words()
+    model = language_model(seed=1)
+    model.build((None, None))
+    model.compile("adam", CROSS_ENTROPY)
+    go_back = way_back(model)
 
     def history(*callbacks):
-        model = language_model(seed=1)
-        model.compile("adam", CROSS_ENTROPY)
+        go_back()
         return model.fit(x, y, epochs=2, verbose=0, shuffle=False, callbacks=callbacks).history
 
-    reports = ExpertLoadReport(x[:5], tmp_path), ExpertExamples(x[:5], str, each_epoch=True)
-    assert history(*reports) == history()
+    reports = ExpertLoadReport(x[:8], tmp_path), ExpertExamples(x[:8], str, each_epoch=True)
+    expected = history()
+    assert expected["loss"][1] != expected["loss"][0]
+    assert history(*reports) == expected
 
 
 def test_a_second_fit_goes_on_where_the_first_ended(tmp_path):
     x, y = next_words()
     model = language_model()
-    model.compile("adam", CROSS_ENTROPY, run_eagerly=True)
+    model.compile("adam", CROSS_ENTROPY, run_eagerly=EAGERLY)
     report = ExpertLoadReport(x, tmp_path)
+    import tensorflow as tf
+
     with tf.summary.record_if(False):  # As the TensorBoard callback may do.
         model.fit(x, y, epochs=2, verbose=0, callbacks=[report])
     model.fit(x, y, initial_epoch=2, epochs=3, verbose=0, callbacks=[report])
@@ -218,14 +260,15 @@ class Endless(keras.utils.PyDataset):
 
 
 @pytest.mark.parametrize(
-    "x, message",
+    "make, message",
     [
-        (iter([np.ones((2, 3))]), "can be read once"),
-        (tf.data.Dataset.from_tensors(1).repeat(), "repeats for ever"),
-        (Endless(), "repeats for ever"),
+        (lambda: iter([np.ones((2, 3))]), "can be read once"),
+        (lambda: dataset(np.ones((2, 3))).repeat(), "repeats for ever"),
+        (Endless, "repeats for ever"),
     ],
 )
-def test_batches_that_cannot_be_read_again_are_refused(x, message, tmp_path):
+def test_batches_that_cannot_be_read_again_are_refused(make, message, tmp_path):
+    x = make()
     with pytest.raises(ValueError, match=message):
         ExpertLoadReport(x, tmp_path)
     with pytest.raises(ValueError, match=message):
