@@ -245,6 +245,22 @@ def next_words(batch=32, length=10):
     return x, np.where(x > 0, x + 1, 0)
 
 
+def at_once(function):
+    """What a function gives; with JAX compiled as one, where it would compile every operation.
+
+    What it changes there, as the seeds of noise, stays as it was.
+    """
+    if keras.config.backend() != "jax":
+        return function()
+    import jax
+
+    def call():
+        with keras.StatelessScope(collect_losses=True):
+            return function()
+
+    return jax.jit(call)()
+
+
 def way_back(model):
     """Returns a function that sets a model and its optimizer to what they hold now.
 
