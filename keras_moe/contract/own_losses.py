@@ -60,6 +60,16 @@ def added_losses(layer):
     return [loss for part in parts for loss in keras.layers.Layer._get_own_losses(part)]
 
 
+def counts_calls(layer, training):
+    """Whether a layer or one in it has metrics that its call may go into, as those of a mixture."""
+    scope = global_state.get_global_attribute("stateless_scope")
+    if not training and scope is not None and not scope.collect_losses:
+        return False  # As in `predict` under JAX, where nothing but the outputs is kept.
+    # A model has the metrics of `compile` as well, which its call doesn't go into.
+    parts = [part for part in layer._flatten_layers() if not isinstance(part, keras.Model)]
+    return any(part.metrics for part in parts)
+
+
 def called_model():
     """The model, or layer, whose call all else that is being called is a part of, or `None`."""
     context = global_state.get_global_attribute("current_call_ctx")

@@ -10,7 +10,7 @@ from keras_moe.arguments import check_size
 from keras_moe.backend import STATIC_SHAPES, indices, pieces
 from keras_moe.contract.freezing import FreezableParts, call_once, copy_trainable
 from keras_moe.contract.inputs import as_input, as_numbers
-from keras_moe.contract.own_losses import added_losses, layers_by_name
+from keras_moe.contract.own_losses import added_losses, counts_calls, layers_by_name
 from keras_moe.experts import in_memory
 from keras_moe.experts.initializers import derived_seeds
 from keras_moe.saving import CheckedExperts
@@ -55,7 +55,7 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
     Raises:
         ValueError: If `num_experts` is not an integer of at least 1, or `layer` not a Keras layer
             whose output has one row for each row of the input. In a call under JAX without a
-            capacity, if an expert has losses, or in training statistics of a batch.
+            capacity, if an expert has losses, metrics, or in training statistics of a batch.
     """
 
     def __init__(self, num_experts, layer, **kwargs):
@@ -116,15 +116,20 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
         """Raises ValueError where more depends on the number of rows than the rows' outputs."""
         for layer in self.layers:
             parts = layers_by_name(layer, keras.layers.BatchNormalization).values()
-            parts = training and any(part.trainable for part in parts)
-            if parts or added_losses(layer):
+            counting = {
+                "statistics of a batch": training and any(part.trainable for part in parts),
+                "losses": added_losses(layer),
+                "metrics": counts_calls(layer, training),
+            }
+            found = [name for name, there in counting.items() if there]
+            if found:
                 raise ValueError(
                     "Under JAX an expert is called with its own rows and as many zeros as there "
-                    "are rows of others, of which losses, as those of activities, and statistics "
-                    "of a batch would take the mean. Set `capacity_factor`, with which an expert "
-                    "has few empty places in training, or leave them out, as evaluation, which "
-                    f"drops nothing, always needs it. Received: expert {layer.name!r} "
-                    f"with {'statistics of a batch' if parts else 'losses'}"
+                    "are rows of others, which losses, as those of activities, metrics, as those "
+                    "of a mixture, and statistics of a batch would count. Set `capacity_factor`, "
+                    "with which an expert has few empty places in training, or leave them out, as "
+                    "evaluation, which drops nothing, always needs it. Received: expert "
+                    f"{layer.name!r} with {', '.join(found)}"
                 )
 
     def rematerialized_call(self, layer_call, *args, **kwargs):

@@ -25,6 +25,8 @@ def test_experts_that_count_their_rows_are_refused():
     for part in (
         keras.layers.Dense(6, activity_regularizer="l2"),
         keras.layers.BatchNormalization(),
+        # Whose metrics would count the zeros as rows, and whose `Routing`s have them.
+        SparseMoE(2, 4, k=1, importance_loss_weight=0.0, load_loss_weight=0.0),
     ):
         layer = SparseMoE(3, experts=keras.Sequential([part]), k=2)
         model = keras.Sequential([keras.Input((6,)), layer])
