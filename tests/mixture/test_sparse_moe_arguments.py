@@ -147,7 +147,7 @@ class LastExperts(keras.layers.Layer):
         gates = self.preference(x)
         if mask is not None:
             gates *= keras.ops.cast(mask[:, None], gates.dtype)
-        index = keras.ops.zeros_like(gates, "int32") + [self.num_experts - 1, 0]
+        index = keras.ops.zeros_like(gates, "int32") + np.array([self.num_experts - 1, 0], "int32")
         uses = keras.ops.sum(gates, axis=0)
         load = keras.ops.concatenate([uses[1:], keras.ops.zeros(self.num_experts - 2), uses[:1]])
         return keras_moe.Routing(index, gates, load, load)
