@@ -23,8 +23,8 @@ JAX_TESTS := $(addprefix tests/,on_jax test_architecture.py test_losses.py backe
     $(addprefix experts/test_,feed_forward.py int8.py layer_experts.py) \
     $(addprefix mixture/test_,sparse_moe.py sparse_moe_arguments.py hierarchical_moe.py balance_logs.py \
         survival_inputs.py survival_quantized.py survival_training.py) \
-    $(addprefix models/test_,beam_search.py footprint.py preset_gating.py sampling.py translate.py \
-        translation_model.py))
+    $(addprefix models/test_,beam_search.py footprint.py language_model_presets.py preset_gating.py \
+        sampling.py translate.py translation_model.py))
 TWO_GPU_TESTS := tests/test_gpu.py $(wildcard tests/distribute/test_distribute*.py)
 
 # The stamp is written last, so an interrupted installation leaves none. It names the interpreter
