@@ -64,7 +64,7 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
         self.num_experts = check_size("num_experts", num_experts)
         if not isinstance(layer, keras.layers.Layer):
             raise ValueError(f"`layer` must be a Keras layer or model. Received: {layer!r}")
-        self._template = _unshared(keras.saving.serialize_keras_object(layer))
+        self._template = _bare(keras.saving.serialize_keras_object(layer))
         if not isinstance(layer, keras.Model):
             self._template.pop("build_config", None)  # Another input may be as wide as it likes.
         self._made_with = changes
@@ -184,16 +184,18 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
         return super().from_config({**config, "layer": layer})
 
 
-def _unshared(config):
-    """A copy of a configuration without what makes one object of all that is made from it.
+def _bare(config):
+    """A copy of a configuration without what is of one object alone, and not of all its clones.
 
     While Keras loads a model it marks what it sees twice, and tells objects apart by their place in
-    memory, which may have had another one before (checked with Keras 3.10 to 3.15).
+    memory, which may have had another one before (checked with Keras 3.10 to 3.15). And clones of a
+    compiled model would be compiled, and their empty metrics among those of the model around them.
     """
     if isinstance(config, dict):
-        return {k: _unshared(value) for k, value in config.items() if k != "shared_object_id"}
+        of_one = ("shared_object_id", "compile_config")
+        return {k: _bare(value) for k, value in config.items() if k not in of_one}
     if isinstance(config, (list, tuple)):
-        return type(config)(_unshared(value) for value in config)
+        return type(config)(_bare(value) for value in config)
     return config
 
 

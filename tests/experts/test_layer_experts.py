@@ -199,6 +199,18 @@ def test_config_round_trip(expert):
     assert clone.get_config() == layer.get_config()
 
 
+def test_clones_of_a_compiled_model_are_not_compiled():
+    expert = sequential()
+    expert.compile("sgd", "mse", metrics=["mae"])
+    moe = SparseMoE(2, experts=expert, k=1, name="moe")
+    model = keras.Sequential([keras.Input((WIDTH,)), moe])
+    model.compile("sgd", "mse")
+    x = examples()
+    logs = model.evaluate(x, x[:, :3], verbose=0, return_dict=True)
+    names = {"cv_importance", "cv_load", "max_over_mean_load"}
+    assert logs.keys() == {"loss", *(f"moe/{name}" for name in names)}
+
+
 @pytest.mark.parametrize("factor", FACTORS)
 def test_a_mixture_of_mixtures(factor):
     inner = SparseMoE(3, HIDDEN, k=1, name="inner")
