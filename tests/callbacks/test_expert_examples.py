@@ -144,11 +144,12 @@ def test_positions_have_to_be_those_of_the_tokens():
 
 @pytest.mark.parametrize("part, key", [("encoder", 0), ("decoder", 1)])
 def test_each_mixture_of_a_translation_model_has_tokens_of_its_own(part, key):
-    preset = dataclasses.replace(TRANSLATION_PRESETS["MoE-32"], num_experts=4, k=2)
+    sizes = {"num_experts": 4, "k": 2, "num_lstms": (2, 1)}
+    preset = dataclasses.replace(TRANSLATION_PRESETS["MoE-32"], **sizes)
     model = TranslationModel.from_preset(preset, len(WORDS), width=8, seed=0)
     sources, targets = LINES, np.array([(2, 5, 5, 6, 1), (2, 6, 0, 0, 0)] * 2)
-    model((sources, targets))
-    batches = [((sources[:3], targets[:3]), targets[:3]), ((sources[3:], targets[3:]), targets[3:])]
+    model.build(None)
+    batches = [((sources[:2], targets[:2]), targets[:2]), ((sources[2:], targets[2:]), targets[2:])]
     examples = ExpertExamples(batches, WORDS, f"{part}_moe", tokens=key, examples=40)
     examples.find(model)
     lines, found = (sources, targets)[key], sum(examples.best, [])
