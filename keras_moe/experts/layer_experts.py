@@ -128,8 +128,8 @@ class LayerExperts(FreezableParts, CheckedExperts, keras.layers.Layer):
                     "are rows of others, which losses, as those of activities, metrics, as those "
                     "of a mixture, and statistics of a batch would count. Set `capacity_factor`, "
                     "with which an expert has few empty places in training, or leave them out, as "
-                    "evaluation, which drops nothing, always needs it. Received: expert "
-                    f"{layer.name!r} with {', '.join(found)}"
+                    "evaluation, which drops nothing, always needs it. `predict` has no metrics. "
+                    f"Received: expert {layer.name!r} with {', '.join(found)}"
                 )
 
     def rematerialized_call(self, layer_call, *args, **kwargs):

@@ -30,7 +30,8 @@ def mixture():
     return SparseMoE(2, experts=dense(), k=1, importance_loss_weight=0.0, load_loss_weight=0.0)
 
 
-EXPERTS = [dense, sequential, functional, mixture]
+REFUSED = pytest.mark.tensorflow("a call under JAX would count rows of others in the balance")
+EXPERTS = [dense, sequential, functional, pytest.param(mixture, marks=REFUSED)]
 every_expert = pytest.mark.parametrize("expert", EXPERTS)
 
 
@@ -80,9 +81,14 @@ def copies(model, folder):
 
 @pytest.mark.parametrize(
     ("enable", "shared", "expert"),
-    [(every_one, 1, expert) for expert in EXPERTS]
-    + [(some, 2, expert) for expert in EXPERTS]
-    + [(every_one, 0, dense), (the_shared, 1, sequential)],
+    [
+        *[(every_one, 1, expert) for expert in (dense, sequential, functional)],
+        *[(some, 2, expert) for expert in (dense, sequential, functional)],
+        pytest.param(every_one, 1, mixture, marks=REFUSED),
+        pytest.param(some, 2, mixture, marks=REFUSED),
+        (every_one, 0, dense),
+        (the_shared, 1, sequential),
+    ],
 )
 def test_loaded_and_cloned(enable, shared, expert, tmp_path):
     model, x = model_of(expert, enable, shared), examples()
