@@ -29,7 +29,7 @@ from keras_moe import losses
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Table 6: MoE-256 on the 1-Billion-Word benchmark, by (w_importance, w_load).
-COLUMNS = ("perplexity", "CV(importance)", "CV(load)", "max/mean load")
+COLUMNS = ("perplexity", *experiment.BALANCE)
 PAPER = {
     setting: dict(zip(COLUMNS, figures, strict=True))
     for setting, figures in {

