@@ -25,7 +25,7 @@ def compute_as_on_a_gpu(monkeypatch):
 def test_outputs_and_all_gradients_agree_with_the_oracle(name, monkeypatch):
     compute_as_on_a_gpu(monkeypatch)
     # What all examples have in common makes the load uneven.
-    layer, x = with_random_weights(LAYERS[name]), examples(T) - 4.0
+    layer, x = with_random_weights(LAYERS[name]), examples(T) / 4 - 2
     expected = assert_agrees(layer, x, training=True, mask=np.arange(T) % 5 != 0)
     if name != "strictly balanced":  # Which is even in training.
         load = np.bincount(expected.expert_index[expected.gates > 0])
