@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 
-import numpy
 from cases import Case
 from gpu_contenders import CARDS, LAYERS, STEPS, of
 from gpu_measure import TURNS, Job, measure
@@ -223,16 +222,13 @@ def tables(outcomes, rates):
 
 def plot(outcomes, rates, path):
     """Draws the share of the card's rate against the rows of an expert, forward and backward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     dtypes = dict.fromkeys(case.dtype for case in outcomes if case.work == "gradients")
-    figure, axes = plt.subplots(
-        1, max(len(dtypes), 1), figsize=(7 * max(len(dtypes), 1), 5), layout="constrained"
-    )
-    for axis, dtype in zip(numpy.atleast_1d(axes), dtypes, strict=False):
+    columns = max(len(dtypes), 1)
+    figure = Figure(figsize=(7 * columns, 5), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False).flat
+    for axis, dtype in zip(axes, dtypes, strict=False):
         for contender in LAYERS:
             points = sorted(
                 (rows_per_expert(case), share(case, found[contender.name], rates))

@@ -222,10 +222,7 @@ def quartiles(values):
 
 def plot(table, outcomes, path):
     """Draws time against N, beside the time that moving the experts' weights alone would add."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     def draw(name, style, label, offset=0):
         measured = {
@@ -236,7 +233,8 @@ def plot(table, outcomes, path):
         if measured:
             axes.plot(*zip(*measured.items(), strict=True), style, label=label)
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name in table.contenders:
         if name != TRAFFIC:
             draw(name, "o-", name)

@@ -3,11 +3,8 @@
 import time
 
 import keras
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")  # Pictures go to files; no screen is needed.
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # No pyplot: no figure stays open, none needs a screen.
 
 
 class Progress(keras.callbacks.Callback):
@@ -74,7 +71,8 @@ def _format(number):
 
 def plot_perplexity(history, results, path):
     """Draws validation perplexity over training steps, one curve per model."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for name, row in results.items():
         label = f"{name}, {row['parameters'] / 1e6:.2f}M parameters"
         axes.plot(history.steps, history.history[f"val_{name}/perplexity"], "o-", label=label)
@@ -86,7 +84,8 @@ def plot_perplexity(history, results, path):
 
 def plot_load(load, path):
     """Draws the words per expert, sorted, beside the even share."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     axes.bar(np.arange(len(load)), np.sort(load)[::-1])
     axes.axhline(load.mean(), color="black", linestyle="--", label="even share")
     axes.set(xlabel="experts, by load", ylabel="words of the test text")
@@ -104,7 +103,8 @@ def plot_settings(tables, path):
     """
     *_, complete = tables.values()
     columns = list(next(iter(complete.values())))
-    figure, grid = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    grid = figure.subplots(2, 2)
     place = np.arange(len(complete))
     for axes, column in zip(grid.flat, columns, strict=True):
         for side, (name, rows) in enumerate(tables.items()):
@@ -134,7 +134,8 @@ def plot_capacity(rows, path):
             are "MoE-" and a number.
         path: The file to write.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     kinds = {"flat": [], "hierarchical": [], "without a mixture": []}
     for name, row in rows.items():
         last = name.removeprefix("MoE-")
@@ -174,7 +175,8 @@ def plot_curves(curves, path):
         curves: {model: list of {"step", "validation", "test": figure}}.
         path: The file to write.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for i, (name, lines) in enumerate(curves.items()):
         steps = [line["step"] for line in lines]
         for part, style in (("test", "-"), ("validation", ":")):
@@ -197,14 +199,8 @@ def plot_collapse(found, path):
     """
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(4 * columns, 3 * rows),
-        layout="constrained",
-        squeeze=False,
-        sharey=True,
-    )
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(found) :]:
         axes.set_axis_off()
     for axes, (panel, mixtures) in zip(grid.flat, found.items(), strict=False):
@@ -232,9 +228,8 @@ def plot_attention(translations, path):
     """
     columns = min(2, len(translations))
     rows = -(-len(translations) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(6 * columns, 5 * rows), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(6 * columns, 5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(translations) :]:
         axes.set_axis_off()
     for axes, (source, words, attention) in zip(grid.flat, translations, strict=False):
@@ -249,5 +244,4 @@ def plot_attention(translations, path):
 
 def _save(figure, path):
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path

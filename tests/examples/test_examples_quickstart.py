@@ -4,9 +4,11 @@ import json
 import pathlib
 import re
 
+import matplotlib
 import pytest
-import report  # noqa: F401  Pictures need no screen.
-from matplotlib import pyplot
+
+matplotlib.use("Agg")  # Pictures need no screen.
+from matplotlib import pyplot  # noqa: E402
 
 NOTEBOOK = pathlib.Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
