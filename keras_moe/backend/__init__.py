@@ -22,6 +22,7 @@ else in the package is `keras.ops`. To run on another backend, bring these:
 * `tracing`: which graph is being traced, and whether a value of another can be read there.
 * `outer_recomputation`: layers inside of functions that others recompute.
 * `layer_metrics`: metrics that the call of a layer updates.
+* `squares`: the means of squares over rows and columns, for the optimizer.
 * `compilation`: functions that are compiled by themselves, and where and how variables are made.
 
 What a backend doesn't bring refuses by `requirements`, in one sentence with the way round.
@@ -75,6 +76,7 @@ if NAME == "jax":
         recomputation,
         recurrence,
         sorting,
+        squares,
         tracing,
         vectorization,
         vocabulary,
@@ -97,6 +99,7 @@ else:
         recomputation,
         recurrence,
         sorting,
+        squares,
         tracing,
         vectorization,
         vocabulary,
@@ -123,6 +126,7 @@ __all__ = [
     "recurrence",
     "requirements",
     "sorting",
+    "squares",
     "tracing",
     "vectorization",
     "vocabulary",

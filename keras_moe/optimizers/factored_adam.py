@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.arguments import check_decay_rate, check_patterns, check_positive
-from keras_moe.backend import compilation, indices
+from keras_moe.backend import compilation, indices, squares
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -148,14 +148,9 @@ class FactoredAdam(keras.optimizers.Optimizer):
 @compilation.compiled
 def _factored_changes(gradient, row_means, column_means, alpha, beta_2, epsilon):
     """What is to be added to the means and to the variable."""
-    squares = ops.square(gradient)
-    *batch, rows = row_means.shape
-    columns = column_means.shape[-1]
-    # Means as products with ones: TensorFlow multiplies matrices faster than it reduces them.
-    over_columns = ops.matmul(squares, ops.ones((*batch, columns, 1), squares.dtype))[..., 0]
-    over_rows = ops.matmul(ops.ones((*batch, 1, rows), squares.dtype), squares)[..., 0, :]
-    row_change = (over_columns / columns - row_means) * (1 - beta_2)
-    column_change = (over_rows / rows - column_means) * (1 - beta_2)
+    row_squares, column_squares = squares.means(gradient)
+    row_change = (row_squares - row_means) * (1 - beta_2)
+    column_change = (column_squares - column_means) * (1 - beta_2)
     row_means, column_means = row_means + row_change, column_means + column_change
 
     # The root of an outer product is that of its vectors. These are divided by alpha as well,

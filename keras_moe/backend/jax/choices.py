@@ -21,7 +21,13 @@ def top_k(x, k):
     """
     if x.shape[0] == 0:  # Of which JAX 0.6 has no gradient.
         return x[:, :k], jnp.zeros((0, k), INDEX)
-    values, index = collectives.each_its_own(lambda x: jax.lax.top_k(x, k), x)
+
+    def largest(x):
+        # Without barriers XLA merges later slices into it, and then sorts whole rows on CPUs. With
+        # one for both, it fails where it takes this apart (jax 0.10).
+        return tuple(map(jax.lax.optimization_barrier, jax.lax.top_k(x, k)))
+
+    values, index = collectives.each_its_own(largest, x)
     return values, index.astype(INDEX)
 
 
