@@ -91,6 +91,7 @@ class ExpertExamples(keras.callbacks.Callback):
         self.before = before
         self.after = after
         self.each_epoch = each_epoch
+        self._watch = None
 
     def on_epoch_end(self, epoch, logs=None):
         if self.each_epoch:
@@ -104,13 +105,14 @@ class ExpertExamples(keras.callbacks.Callback):
 
     def find(self, model):
         """Calls the model on all of `x` without training, and sets `best` and `load`."""
-        name, layer = self._pick(inspection.mixtures(model))
+        self._watch = inspection.watch(model, self._watch)
+        name, layer = self._pick(self._watch.mixtures)
         self.load = np.zeros(layer.num_experts)
         best = [[] for _ in self.load]  # of each expert, (gate, line, position, tokens of the line)
         first_line = 0
         for x in inspection.batches(self.x):
             tokens = _check_tokens(_part(x, self.tokens))
-            for routing in inspection.routings(model, x, {name: layer})[name]:
+            for routing in self._watch.routings(x)[name]:
                 if len(routing.gates) != tokens.size:
                     raise ValueError(
                         "The positions of the layer must be those of the tokens [B, L], for a gate "

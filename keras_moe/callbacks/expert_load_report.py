@@ -47,7 +47,7 @@ class ExpertLoadReport(keras.callbacks.Callback):
         self.x = inspection.check_batches(x)
         self.log_dir = str(log_dir)
         self.load = {}
-        self._step = None
+        self._step = self._watch = None
 
     def on_train_begin(self, logs=None):
         import tensorflow as tf
@@ -67,8 +67,8 @@ class ExpertLoadReport(keras.callbacks.Callback):
     def _report(self, step):
         import tensorflow as tf
 
-        mixtures = inspection.mixtures(self.model)
-        load = inspection.load(self.model, self.x, mixtures)
+        self._watch = inspection.watch(self.model, self._watch)
+        load = self._watch.load(self.x)
         # Under `record_if`, since the TensorBoard callback may have told others to write nothing.
         with self._writer.as_default(step), tf.summary.record_if(True):
             for name, rows in load.items():

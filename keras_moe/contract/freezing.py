@@ -20,7 +20,7 @@ class FreezableParts:
     A class that a layer inherits from before that of Keras. It ends its `__init__` by a call of
     `freeze_parts`, and its `from_config`, if it has one, by that of this class. Parts of parts
     count, those as well that are no layers of this package; what a part makes only when it is
-    built is as trainable as the part is, if it is built by `call_once`.
+    built is as trainable as the part is, if it is built by `build_once` or `call_once`.
     """
 
     def freeze_parts(self):
@@ -48,6 +48,23 @@ def copy_trainable(source, target):
     """Makes a layer and all its parts as trainable as another one of the same structure."""
     target.trainable = source.trainable
     _set_parts(target, dict(_exceptions(source)))
+
+
+def build_once(part, *args):
+    """Builds a part: by its own `build`, if it has one that builds all, else by `call_once`.
+
+    Args:
+        part: A layer, built or not.
+        *args: Symbolic tensors to call it with. `build` gets the shape of the first one.
+    """
+    if part.built:
+        return
+    known = set(map(id, part._flatten_layers()))
+    if type(part).build is not keras.layers.Layer.build:
+        part.build(args[0].shape)  # Tracing its call would take ten times as long.
+        _freeze_new(part, known)
+    if not all(layer.built for layer in part._flatten_layers()):
+        call_once(part, *args)
 
 
 def call_once(part, *args):

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.backend import compilation
 from keras_moe.contract.own_losses import layers_by_name
 from keras_moe.mixture.sparse_moe import SparseMoE
 
@@ -24,37 +25,55 @@ def mixtures(model):
     return mixtures
 
 
-def routings(model, x, mixtures):
-    """Calls a model on one batch, and leaves its metrics as they were.
+class Watch:
+    """A model that is called without training, watched for what its mixtures choose.
 
     Args:
-        model: The model.
-        x: What it takes.
-        mixtures: Dict from names to `SparseMoE` layers in it.
+        model: The model. Its metrics are left as they are.
 
-    Returns:
-        Dict from the names to lists with one `Routing` per call of the layer.
+    Attributes:
+        mixtures: Dict from names to the `SparseMoE` layers in it.
     """
-    metrics = [(variable, ops.convert_to_numpy(variable)) for variable in model.metrics_variables]
-    with contextlib.ExitStack() as stack:
-        routings = {
-            name: stack.enter_context(layer.recorded_routings()) for name, layer in mixtures.items()
-        }
-        model(x, training=False)
-    for variable, value in metrics:
-        variable.assign(value)
-    return routings
+
+    def __init__(self, model):
+        self.model = model
+        self.mixtures = mixtures(model)
+        self._recorded = compilation.reading_often(model, self._record)
+
+    def _record(self, x):
+        with contextlib.ExitStack() as stack:
+            found = {
+                name: stack.enter_context(layer.recorded_routings())
+                for name, layer in self.mixtures.items()
+            }
+            self.model(x, training=False)
+        return found
+
+    def routings(self, x):
+        """Of one batch, a dict from the names to lists with a `Routing` per call of the layer."""
+        metrics = [
+            (variable, ops.convert_to_numpy(variable)) for variable in self.model.metrics_variables
+        ]
+        found = self._recorded(x)
+        for variable, value in metrics:
+            variable.assign(value)
+        return found
+
+    def load(self, x):
+        """How many rows each expert gets from a batch or batches: from names to arrays [N]."""
+        load = {name: np.zeros(layer.num_experts) for name, layer in self.mixtures.items()}
+        for batch in batches(x):
+            for name, found in self.routings(batch).items():
+                for routing in found:
+                    _, expert, _ = choices(routing)
+                    load[name] += np.bincount(expert, minlength=len(load[name]))
+        return load
 
 
-def load(model, x, mixtures):
-    """How many rows each expert gets from a batch or batches: dict from names to arrays [N]."""
-    load = {name: np.zeros(layer.num_experts) for name, layer in mixtures.items()}
-    for batch in batches(x):
-        for name, found in routings(model, batch, mixtures).items():
-            for routing in found:
-                _, expert, _ = choices(routing)
-                load[name] += np.bincount(expert, minlength=len(load[name]))
-    return load
+def watch(model, before=None):
+    """A `Watch` of a model: the one before, with what it has compiled, if that is of the same."""
+    same = before is not None and before.model is model and before.mixtures == mixtures(model)
+    return before if same else Watch(model)
 
 
 def choices(routing):

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe.arguments import check_capacity_factor, check_size, check_weight
 from keras_moe.backend import devices, outer_recomputation
-from keras_moe.contract.freezing import FreezableParts, call_once
+from keras_moe.contract.freezing import FreezableParts, build_once
 from keras_moe.contract.inputs import as_examples, as_input, check_positions, refuse_ragged
 from keras_moe.contract.symbolic_calls import empty_output, is_symbolic, number_of_rows
 from keras_moe.gating.routing import check_routing
@@ -213,13 +213,11 @@ class SparseMoE(FreezableParts, RecomputesExperts, RecordsRoutings, CountsBalanc
         check_positions(self, input_shape)
         width = input_shape[-1]
         self.input_spec = keras.InputSpec(min_ndim=2, max_ndim=4, axes={-1: width})
-        # By a symbolic call, since a part of the user's own may have no `build`.
         rows = keras.KerasTensor((number_of_rows(), width), self.compute_dtype)
-        if not self.gating.built:
-            call_once(self.gating, rows)
+        build_once(self.gating, rows)
         for bank in (self.experts, self.shared_experts):
-            if bank is not None and not bank.built:
-                call_once(bank, rows, keras.KerasTensor((bank.num_experts,), "int32"))
+            if bank is not None:
+                build_once(bank, rows, keras.KerasTensor((bank.num_experts,), "int32"))
 
     def call(self, x, training=None, mask=None):
         if is_symbolic(x):

@@ -33,11 +33,11 @@ def used_experts(model, x, min_share=0.0):
             only once or never ends.
     """
     check_weight("min_share", min_share)
-    mixtures = inspection.mixtures(model)
-    loads = inspection.load(model, inspection.check_batches(x), mixtures)
+    watch = inspection.watch(model)
+    loads = watch.load(inspection.check_batches(x))
     used = {}
     for name, load in loads.items():
-        _, unit_size = size_in_units(mixtures[name])
+        _, unit_size = size_in_units(watch.mixtures[name])
         units = (load > min_share * load.mean()).reshape(-1, unit_size)
         used[name] = np.flatnonzero(units.any(axis=1))
     return used

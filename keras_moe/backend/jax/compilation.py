@@ -21,6 +21,22 @@ def compiled_reading(layer, function):
     return lambda *tensors: with_values([v.value for v in layer.variables], *tensors)
 
 
+def reading_often(model, function):
+    """The same of a function that reads a model's variables, for many calls: compiled.
+
+    An eager call would compile each loop over time anew. As in `fit`, a model is called eagerly if
+    it is told to be, and until it is built.
+    """
+    compiled = compiled_reading(model, function)
+
+    def call(x):
+        if model.run_eagerly or not model.built:
+            return function(x)
+        return compiled(keras.tree.map_structure(keras.ops.convert_to_tensor, x))
+
+    return call
+
+
 def beside(variable):
     """Nothing: `layout_of` tells where a variable is."""
     return contextlib.nullcontext()
