@@ -8,6 +8,8 @@ Nothing public finds the layers inside a layer; `_layers` and `_flatten_layers` 
 (checked with Keras 3.10 to 3.15).
 """
 
+import inspect
+
 import keras
 
 # In a configuration: `trainable` of each part in which that isn't as in the layer around it.
@@ -55,12 +57,12 @@ def build_once(part, *args):
 
     Args:
         part: A layer, built or not.
-        *args: Symbolic tensors to call it with. `build` gets the shape of the first one.
+        *args: Symbolic tensors to call it with. A `build` of one shape gets that of the first one.
     """
     if part.built:
         return
-    known = set(map(id, part._flatten_layers()))
-    if type(part).build is not keras.layers.Layer.build:
+    known, build = set(map(id, part._flatten_layers())), type(part).build
+    if build is not keras.layers.Layer.build and len(inspect.signature(build).parameters) == 2:
         part.build(args[0].shape)  # Tracing its call would take ten times as long.
         _freeze_new(part, known)
     if not all(layer.built for layer in part._flatten_layers()):

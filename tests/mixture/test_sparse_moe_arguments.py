@@ -156,6 +156,40 @@ class LastExperts(keras.layers.Layer):
         return {**super().get_config(), "num_experts": self.num_experts}
 
 
+@keras.saving.register_keras_serializable("tests")
+class ScaledExperts(LastExperts):
+    """The same with a `build` of its own that leaves the sublayer to be built when it is called."""
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(name="scale", initializer="ones")
+
+    def call(self, x, training=None, mask=None):
+        return super().call(x * self.scale, training, mask)
+
+
+class ExpertsWithTwoShapes(keras_moe.FeedForwardExperts):
+    """A bank whose `build` takes the shapes of both inputs, as Keras hands them over by name."""
+
+    def build(self, rows_shape, rows_per_expert_shape):
+        assert rows_per_expert_shape == (self.num_experts,)
+        super().build(rows_shape)
+
+
+def test_a_bank_of_ones_own_is_built_with_the_layer():
+    layer = SparseMoE(5, experts=ExpertsWithTwoShapes(5, 16), k=2)
+    layer.build((None, 8))
+    assert len(layer.experts.weights) == 2
+    assert layer(np.ones((3, 8), "float32")).shape == (3, 8)
+
+
+@pytest.mark.parametrize(("gating", "weights"), [(LastExperts, 2), (ScaledExperts, 3)])
+def test_a_part_of_ones_own_is_built_with_the_layer(gating, weights):
+    layer = SparseMoE(5, 16, gating=gating(5), trainable=False)
+    layer.build((None, 8))
+    assert len(layer.gating.weights) == weights
+    assert layer.trainable_weights == []
+
+
 def test_a_gating_of_ones_own_trains_saves_and_loads(tmp_path):
     x, y = next_words()
     model = keras.Sequential(
