@@ -132,6 +132,9 @@ def _train(case, layer, optimizer, weights, others):
         (y, *losses), back, others = jax.vjp(
             lambda x, weights: outputs(x, weights, others), x, weights, has_aux=True
         )
+        # That of a loss comes after the output. Else XLA would copy all experts, which the step
+        # writes over, for the forward pass to read.
+        upstream += 0 * y
         of_x, of_weights = back([upstream, *map(jnp.ones_like, losses)])
         weights, slots = optimizer.stateless_apply(slots, of_weights, weights)
         return (weights, others, slots), (y, of_x)
