@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from keras_moe.backend.jax import loops, places, tpu_kernels
+from keras_moe.backend.jax import loops, order, places, tpu_kernels
 from keras_moe.backend.jax.gradients import with_gradient
 from keras_moe.backend.jax.indices import gather, index_range, run_of, tensor
 from keras_moe.backend.jax.recomputation import recomputed
@@ -126,7 +126,7 @@ def _product(rows, kernel, rows_per_expert, precision=None, transposed=False):
             return [of_rows, None]
         sides = (upstream, rows) if transposed else (rows, upstream)
         load = jax.lax.platform_dependent(
-            rows_per_expert, of_rows, tpu=_at_once, cuda=_at_once, default=loops.after
+            rows_per_expert, of_rows, tpu=_at_once, cuda=_at_once, default=order.after
         )
         return [of_rows, _outer_products(*sides, load).astype(kernel.dtype)]
 

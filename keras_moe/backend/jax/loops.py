@@ -56,26 +56,6 @@ def gradient_of_kernel(rows, upstream, rows_per_expert):
     return sums.astype(rows.dtype)
 
 
-def after(rows_per_expert, product):
-    """The loads, which are known only when a product is.
-
-    An optimizer may write a step's new kernels over the old ones. XLA copies all of them before a
-    loop that reads them unless it sees that the loop has ended by then, as it does if the gradient
-    that is written needs its result.
-
-    Args:
-        rows_per_expert: int32 [N].
-        product: Float tensor [M, D].
-
-    Returns:
-        int32 [N], the same.
-    """
-    nothing = jnp.sum(product[:1, :1]).astype(rows_per_expert.dtype)
-    return rows_per_expert + jax.lax.clamp(
-        jnp.zeros_like(nothing), nothing, jnp.zeros_like(nothing)
-    )
-
-
 def _first_pieces(tables, rows_per_expert, size):
     """[N, size, ...] of each table with room: every expert's first rows, zeros behind them."""
     nth = index_range(size)
