@@ -30,7 +30,7 @@ def reading_often(model, function):
     compiled = compiled_reading(model, function)
 
     def call(x):
-        if model.run_eagerly or not model.built:
+        if getattr(model, "run_eagerly", False) or not model.built:
             return function(x)
         return compiled(keras.tree.map_structure(keras.ops.convert_to_tensor, x))
 

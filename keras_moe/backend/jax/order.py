@@ -14,14 +14,12 @@ def after(number, tensor):
     """Integers that are known only when a tensor is.
 
     Args:
-        number: Integer tensor of any shape; or an integer, which is known anyway.
-        tensor: Float tensor.
+        number: Integer tensor of any shape.
+        tensor: Float tensor [M, D].
 
     Returns:
-        The same.
+        The same integers.
     """
-    if isinstance(number, int):
-        return number
-    nothing = jnp.sum(tensor.ravel()[:1]).astype(number.dtype)
+    nothing = jnp.sum(tensor[:1, :1]).astype(number.dtype)
     zero = jnp.zeros_like(nothing)
     return number + jax.lax.clamp(zero, nothing, zero)  # More than XLA simplifies.
