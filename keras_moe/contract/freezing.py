@@ -63,7 +63,7 @@ def build_once(part, *args):
         return
     known, build = set(map(id, part._flatten_layers())), type(part).build
     if build is not keras.layers.Layer.build and len(inspect.signature(build).parameters) == 2:
-        part.build(args[0].shape)  # Tracing its call would take ten times as long.
+        part.build(args[0].shape)  # Tracing its call would take longer.
         _freeze_new(part, known)
     if not all(layer.built for layer in part._flatten_layers()):
         call_once(part, *args)

@@ -4,11 +4,8 @@ import json
 import pathlib
 import re
 
-import matplotlib
 import pytest
-
-matplotlib.use("Agg")  # Pictures need no screen.
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 NOTEBOOK = pathlib.Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
@@ -22,6 +19,7 @@ def cells():
 
 def test_the_notebook_does_what_it_says(cells, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    pyplot.switch_backend("Agg")  # Pictures need no screen.
     monkeypatch.setattr(pyplot, "show", pyplot.close)
     names, printed = {"__name__": "__main__"}, []
     for cell in cells:

@@ -8,14 +8,12 @@ import os
 import subprocess
 import sys
 
-import jax
 import pytest
 from jax.experimental import topologies
 from programs import Program
+from training_steps import compiled_step
 
-from keras_moe import SparseMoE
 from keras_moe.backend.jax import places
-from keras_moe.optimizers import FactoredAdam
 
 # As XLA's description of an H100 has it, without what these programs don't depend on.
 H100 = """
@@ -32,39 +30,6 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
 """
 N, K, T, D, F = 16, 2, 2048, 32, 64
 ROWS = K * T
-
-
-def compiled_step():
-    """The text of a compiled training step, which writes new weights over the old ones."""
-    h100 = topologies.get_topology_desc(
-        "cuda:1", platform="cuda", target_config=H100, topology="1x1x1"
-    ).devices[0]
-    layer, optimizer = SparseMoE(N, F, K, seed=0), FactoredAdam()
-    layer.build((None, D))
-    optimizer.build(layer.trainable_variables)
-
-    def train(state, x):
-        weights, others, slots = state
-
-        def loss(weights, x):
-            y, new, losses = layer.stateless_call(
-                weights, others, x, training=True, return_losses=True
-            )
-            return (y**2).mean() + sum(losses), new
-
-        (of_weights, of_x), others = jax.grad(loss, (0, 1), has_aux=True)(weights, x)
-        weights, slots = optimizer.stateless_apply(slots, of_weights, weights)
-        return (weights, others, slots), of_x
-
-    parts = layer.trainable_variables, layer.non_trainable_variables, optimizer.variables
-    state = [[variable.value for variable in part] for part in parts]
-    state, x = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(h100)
-        ),
-        (state, jax.ShapeDtypeStruct((T, D), "float32")),
-    )
-    return jax.jit(train, donate_argnums=0).lower(state, x).compile().as_text()
 
 
 @pytest.fixture(scope="module")
@@ -97,4 +62,7 @@ def test_a_gpu_computes_little_more_than_the_rows_of_the_chosen_experts(program)
 
 
 if __name__ == "__main__":
-    print(compiled_step())
+    h100 = topologies.get_topology_desc(
+        "cuda:1", platform="cuda", target_config=H100, topology="1x1x1"
+    ).devices[0]
+    print(compiled_step(N, F, K, T, D, h100).as_text())

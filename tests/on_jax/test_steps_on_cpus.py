@@ -4,9 +4,7 @@ import re
 
 import jax
 import pytest
-
-from keras_moe import SparseMoE
-from keras_moe.optimizers import FactoredAdam
+from training_steps import compiled_step
 
 N, K, T, D, F = 64, 2, 128, 64, 128
 OF_BANKS = 2 * N * D * F * 4  # bytes
@@ -14,28 +12,7 @@ OF_BANKS = 2 * N * D * F * 4  # bytes
 
 @pytest.fixture(scope="module")
 def step():
-    """A compiled step, which writes new weights over the old ones."""
-    layer, optimizer = SparseMoE(N, F, K, seed=0), FactoredAdam()
-    layer.build((None, D))
-    optimizer.build(layer.trainable_variables)
-
-    def train(state, x):
-        weights, others, slots = state
-
-        def loss(weights):
-            y, new, losses = layer.stateless_call(
-                weights, others, x, training=True, return_losses=True
-            )
-            return (y**2).mean() + sum(losses), new
-
-        gradients, others = jax.grad(loss, has_aux=True)(weights)
-        weights, slots = optimizer.stateless_apply(slots, gradients, weights)
-        return weights, others, slots
-
-    parts = layer.trainable_variables, layer.non_trainable_variables, optimizer.variables
-    state = [[variable.value for variable in part] for part in parts]
-    x = jax.ShapeDtypeStruct((T, D), "float32")
-    return jax.jit(train, donate_argnums=0).lower(state, x).compile()
+    return compiled_step(N, F, K, T, D)
 
 
 def test_banks_are_not_copied_before_the_loops_that_read_them(step):

@@ -125,16 +125,10 @@ def _product(rows, kernel, rows_per_expert, precision=None, transposed=False):
         if not jnp.issubdtype(kernel.dtype, jnp.floating):  # int8
             return [of_rows, None]
         sides = (upstream, rows) if transposed else (rows, upstream)
-        load = jax.lax.platform_dependent(
-            rows_per_expert, of_rows, tpu=_at_once, cuda=_at_once, default=order.after
-        )
+        load = order.after(rows_per_expert, of_rows)
         return [of_rows, _outer_products(*sides, load).astype(kernel.dtype)]
 
     return with_gradient(product, gradient, [rows, kernel], [rows_per_expert])
-
-
-def _at_once(rows_per_expert, product):
-    return rows_per_expert
 
 
 def _outer_products(rows, upstream, rows_per_expert):
