@@ -167,6 +167,19 @@ class ScaledExperts(LastExperts):
         return super().call(x * self.scale, training, mask)
 
 
+@keras.saving.register_keras_serializable("tests")
+class NormalizedExperts(LastExperts):
+    """The same with a `build` of its own that makes a further sublayer, and builds all."""
+
+    def build(self, input_shape):
+        self.normalization = keras.layers.LayerNormalization()
+        self.normalization.build(input_shape)
+        self.preference.build(input_shape)
+
+    def call(self, x, training=None, mask=None):
+        return super().call(self.normalization(x), training, mask)
+
+
 class ExpertsWithTwoShapes(keras_moe.FeedForwardExperts):
     """A bank whose `build` takes the shapes of both inputs, as Keras hands them over by name."""
 
@@ -182,12 +195,16 @@ def test_a_bank_of_ones_own_is_built_with_the_layer():
     assert layer(np.ones((3, 8), "float32")).shape == (3, 8)
 
 
-@pytest.mark.parametrize(("gating", "weights"), [(LastExperts, 2), (ScaledExperts, 3)])
-def test_a_part_of_ones_own_is_built_with_the_layer(gating, weights):
-    layer = SparseMoE(5, 16, gating=gating(5), trainable=False)
+@pytest.mark.parametrize(
+    ("gating", "weights"), [(LastExperts, 2), (ScaledExperts, 3), (NormalizedExperts, 4)]
+)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_part_of_ones_own_is_built_with_the_layer(gating, weights, trainable):
+    layer = SparseMoE(5, 16, gating=gating(5))
+    layer.gating.trainable = trainable
     layer.build((None, 8))
-    assert len(layer.gating.weights) == weights
-    assert layer.trainable_weights == []
+    assert [weight.trainable for weight in layer.gating.weights] == [trainable] * weights
+    assert len(layer.trainable_weights) == weights * trainable + 2  # those of the experts
 
 
 def test_a_gating_of_ones_own_trains_saves_and_loads(tmp_path):
