@@ -8,6 +8,7 @@ kept in Keras' global state.
 """
 
 import warnings
+import weakref
 
 import keras
 from keras.src.backend.common import global_state
@@ -35,11 +36,19 @@ class OwnLosses:
     def on_losses_read(self):
         """Called when whoever has called the model reads its losses, as training does."""
 
+    _begun_in = None  # A weak reference to the stateless call that the losses are of.
+
     def _clear_losses(self):
-        # Keras 3.10 looks for these by comparing tensors, which JAX can't while it traces.
         scope = global_state.get_global_attribute("stateless_scope")
         if scope is not None and scope.collect_losses:
-            scope.losses[:] = [loss for loss in scope.losses if id(loss) not in self._loss_ids]
+            # In a stateless call, as `fit` makes under JAX, Keras takes each layer that the model
+            # calls for the outermost one, and would keep the losses of a layer's last call alone.
+            if self._begun_in is not None and self._begun_in() is scope:
+                return
+            self._begun_in = weakref.ref(scope)
+            # What it has yet is of another layer, whose losses may have the place in memory that
+            # one of this layer had before.
+            self._loss_ids.clear()
         super()._clear_losses()
         self.on_call_begins()
 

@@ -155,3 +155,40 @@ def test_a_single_weight_of_zero_keeps_the_order_of_the_losses():
     layer(examples(), training=True)
     importance, load = layer.losses
     assert importance == 0.0 and load > 0.0
+
+
+class InAnother(keras.layers.Layer):
+    """A layer of a user's own around a mixture."""
+
+    def __init__(self, moe):
+        super().__init__()
+        self.moe = moe
+
+    def build(self, shape):
+        self.moe.build(shape)
+
+    def call(self, x, training=None):
+        return self.moe(x, training=training)
+
+
+@pytest.mark.parametrize("around", [lambda moe: moe, InAnother], ids=["alone", "in another layer"])
+def test_what_two_calls_add_in_fit_is_the_sum_of_both(around):
+    # A loss and numbers of each of its parts: of the mixture, of its gating and of its experts.
+    expert = keras.layers.Dense(WIDTH, activity_regularizer="l2")
+    gating = NoisyTopKGating(4, 2, noise=False, router_z_loss_weight=0.1)
+    moe = SparseMoE(4, experts=expert, gating=gating, capacity_factor=2.0, name="moe")
+    with_random_weights(moe)
+    x = examples()
+    loss, cv_importance = [], []
+    for one in (x, -2.0 * x):
+        moe(one, training=True)
+        loss.append(sum(map(float, moe.losses)))
+        importance = numpy(moe.route(one, training=True).importance)
+        cv_importance.append(importance.std() / importance.mean())
+
+    layer, inputs = around(moe), keras.Input((WIDTH,))
+    model = keras.Model(inputs, layer(inputs) + layer(-2.0 * inputs))
+    model.compile("sgd", loss=lambda y, predicted: 0.0 * ops.sum(predicted, axis=-1))
+    logs = model.fit(x, x, batch_size=len(x), verbose=0).history
+    np.testing.assert_allclose(logs["loss"], [sum(loss)], rtol=1e-5)
+    np.testing.assert_allclose(logs["moe/cv_importance"], [np.mean(cv_importance)], rtol=1e-4)
