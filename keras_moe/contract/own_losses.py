@@ -30,13 +30,13 @@ class OwnLosses:
     says so.
     """
 
+    _begun_in = None  # A weak reference to the stateless call that the losses are of.
+
     def on_call_begins(self):
         """Called when the model, or the layer by itself, is called anew."""
 
     def on_losses_read(self):
         """Called when whoever has called the model reads its losses, as training does."""
-
-    _begun_in = None  # A weak reference to the stateless call that the losses are of.
 
     def _clear_losses(self):
         scope = global_state.get_global_attribute("stateless_scope")
@@ -46,9 +46,10 @@ class OwnLosses:
             if self._begun_in is not None and self._begun_in() is scope:
                 return
             self._begun_in = weakref.ref(scope)
-            # What it has yet is of another layer, whose losses may have the place in memory that
-            # one of this layer had before.
-            self._loss_ids.clear()
+            # All that it has yet is of other layers, maybe at the places in memory where losses of
+            # these were before, by which Keras would take them for theirs and throw them away.
+            for layer in self._flatten_layers():
+                layer._loss_ids.clear()
         super()._clear_losses()
         self.on_call_begins()
 

@@ -192,3 +192,19 @@ def test_what_two_calls_add_in_fit_is_the_sum_of_both(around):
     logs = model.fit(x, x, batch_size=len(x), verbose=0).history
     np.testing.assert_allclose(logs["loss"], [sum(loss)], rtol=1e-5)
     np.testing.assert_allclose(logs["moe/cv_importance"], [np.mean(cv_importance)], rtol=1e-4)
+
+
+def test_losses_of_others_stay_where_their_places_in_memory_were_used_before():
+    def mixture():
+        expert = keras.layers.Dense(WIDTH, activity_regularizer="l2")
+        return with_random_weights(SparseMoE(4, experts=expert, k=2, capacity_factor=2.0))
+
+    one, other = mixture(), mixture()
+    x = ops.convert_to_tensor(examples())
+    with keras.StatelessScope(collect_losses=True) as scope:
+        one(x, training=True)
+        before = list(scope.losses)
+        for part in (other, other.gating, other.experts.layers[0]):
+            part._loss_ids.update(map(id, before))  # As if they had been there and were freed.
+        other(x, training=True)
+        assert len(scope.losses) == 2 * len(before)
