@@ -37,6 +37,7 @@ from django_catalogs import DjangoCatalogs
 from experiment import SideBySide, heading
 from translating import Translator
 from translation_models import make_model
+from width_scaled_adam import WidthScaledAdam
 
 import keras_moe
 from keras_moe.callbacks import ExpertExamples, Throughput
@@ -71,6 +72,12 @@ def parse_arguments(arguments=None):
         ("max-length", 96, "the longest sides of a training pair, in word pieces"),
         ("epochs", 30, "passes over the training pairs"),
         ("learning-rate", 0.005, "highest learning rate of Adam"),
+        (
+            "full-rate-inputs",
+            0,
+            "inputs of an expert's layer beyond which its learning rate falls, by "
+            "width_scaled_adam.py; 0 for the same rate everywhere",
+        ),
         ("warm-up", 100, "steps in which the learning rate rises; the paper's are 2000"),
         ("hold", 300, "steps at the highest one, then it falls with 1/√step; the paper's are 8000"),
         ("evaluations", 3, "evaluations on the validation pairs"),
@@ -196,13 +203,21 @@ def train(together, data, args):
         together,
         batches,
         make_batches(validation, args),
-        keras.optimizers.Adam(WarmupInverseSqrt(args.learning_rate, args.warm_up, args.hold)),
+        make_optimizer(args),
         args.evaluations,
         [
             Throughput(operations, words / steps, softmax),
             report.Progress(list(together.models), steps, sampled=False),
         ],
     )
+
+
+def make_optimizer(args):
+    """Returns Adam with the paper's schedule."""
+    learning_rate = WarmupInverseSqrt(args.learning_rate, args.warm_up, args.hold)
+    if args.full_rate_inputs:
+        return WidthScaledAdam(learning_rate, args.full_rate_inputs)
+    return keras.optimizers.Adam(learning_rate)
 
 
 def make_batches(pairs, args, **options):

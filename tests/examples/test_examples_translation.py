@@ -7,6 +7,7 @@ import sys
 
 import c_api
 import django_catalogs
+import keras
 import numpy as np
 import parallel_text
 import pytest
@@ -198,3 +199,10 @@ def test_attention_is_that_of_the_search(model, pieces):
         x = model.target_embedding(tf.constant([[word]]))
         _, states, attention = model.attention_lstm.step(x, states, memory)
         np.testing.assert_allclose(row, attention[0, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_wide_experts_may_learn_at_a_lower_rate():
+    made = translation.make_optimizer(translation.parse_arguments([]))
+    assert type(made) is keras.optimizers.Adam
+    args = translation.parse_arguments(["--full-rate-inputs", "256"])
+    assert translation.make_optimizer(args).full_rate_inputs == 256
