@@ -9,7 +9,7 @@ class WidthScaledAdam(keras.optimizers.Adam):
     Adam moves each weight by about the learning rate. What a unit computes is a sum over its
     inputs, so with 1024 of them it moves up to four times as far as with 256, and a rate that is
     right for narrow experts is too high for wide ones. Of hidden layers in general: Yang et al.
-    2021, arXiv 2203.03466.
+    2022, arXiv 2203.03466.
 
     Args:
         learning_rate: A number or a schedule.
