@@ -75,7 +75,7 @@ def parse_arguments(arguments=None):
         (
             "full-rate-inputs",
             0,
-            "inputs of an expert's layer beyond which its learning rate falls, by "
+            "inputs beyond which a layer of the experts learns at a lower rate, by "
             "width_scaled_adam.py; 0 for the same rate everywhere",
         ),
         ("warm-up", 100, "steps in which the learning rate rises; the paper's are 2000"),

@@ -3,8 +3,11 @@
 import keras
 
 
+@keras.saving.register_keras_serializable("keras_moe_examples")
 class WidthScaledAdam(keras.optimizers.Adam):
-    """Adam whose learning rate for a kernel of the experts falls with the inputs of that layer.
+    """Adam whose learning rate for the kernels of experts falls with their inputs.
+
+    The experts are `FeedForwardExperts`, or clones of dense layers.
 
     Adam moves each weight by about the learning rate. What a unit computes is a sum over its
     inputs, so with 1024 of them it moves up to four times as far as with 256, and a rate that is
@@ -28,8 +31,9 @@ class WidthScaledAdam(keras.optimizers.Adam):
         self.full_rate_inputs = full_rate_inputs
 
     def build(self, variables):
+        if not self.built:
+            self._shares = [self._share(variable) for variable in variables]
         super().build(variables)
-        self._shares = [self._share(variable) for variable in variables]
 
     def _share(self, variable):
         if getattr(variable, "expert_rank", 0) < 2:  # No kernel of experts.
@@ -39,3 +43,6 @@ class WidthScaledAdam(keras.optimizers.Adam):
     def update_step(self, gradient, variable, learning_rate):
         share = self._shares[self._get_variable_index(variable)]
         super().update_step(gradient, variable, learning_rate * share)
+
+    def get_config(self):
+        return {**super().get_config(), "full_rate_inputs": self.full_rate_inputs}

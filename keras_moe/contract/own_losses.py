@@ -30,7 +30,7 @@ class OwnLosses:
     says so.
     """
 
-    _begun_in = None  # A weak reference to the stateless call that the losses are of.
+    _begun_in = None  # A weak reference to the scope of the stateless call that began last.
 
     def on_call_begins(self):
         """Called when the model, or the layer by itself, is called anew."""
@@ -46,8 +46,9 @@ class OwnLosses:
             if self._begun_in is not None and self._begun_in() is scope:
                 return
             self._begun_in = weakref.ref(scope)
-            # All that it has yet is of other layers, maybe at the places in memory where losses of
-            # these were before, by which Keras would take them for theirs and throw them away.
+            # The losses that the scope has by now are of others. One may lie where a loss of this
+            # layer was before it was freed: Keras would know it by that `id` and throw it away,
+            # and Keras 3.10 compare tensors, which JAX can't while it traces.
             for layer in self._flatten_layers():
                 layer._loss_ids.clear()
         super()._clear_losses()

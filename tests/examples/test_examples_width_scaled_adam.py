@@ -43,3 +43,10 @@ def test_up_to_so_many_inputs_it_is_adam():
 def test_fewer_inputs_than_one_are_refused():
     with pytest.raises(ValueError, match="at least 1. Received: -256"):
         WidthScaledAdam(0.01, full_rate_inputs=-256)
+
+
+def test_a_configuration_makes_the_same():
+    made = WidthScaledAdam(0.01, full_rate_inputs=16, beta_1=0.8)
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(made))
+    assert isinstance(again, WidthScaledAdam)
+    assert again.get_config() == made.get_config()
