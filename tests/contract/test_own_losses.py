@@ -18,14 +18,24 @@ QUIET = "noisy_top_k without noise"
 SEQUENCES = np.random.default_rng(0).normal(size=(8, 5, WIDTH)).astype("float32")
 
 
-class Cell(keras.layers.Layer):
-    """A recurrent cell around a mixture."""
-
-    state_size = output_size = WIDTH
+class InAnother(keras.layers.Layer):
+    """A layer of a user's own around a mixture."""
 
     def __init__(self, moe):
         super().__init__()
         self.moe = moe
+
+    def build(self, shape):
+        self.moe.build(shape)
+
+    def call(self, x, training=None):
+        return self.moe(x, training=training)
+
+
+class Cell(InAnother):
+    """A recurrent cell around a mixture."""
+
+    state_size = output_size = WIDTH
 
     def build(self, shape):
         self.moe.build((None, WIDTH))
@@ -99,14 +109,7 @@ def test_losses_in_an_unrolled_cell_are_those_of_all_steps():
     assert len(model.losses) == 2 * 2
 
 
-class Branch(keras.layers.Layer):
-    def __init__(self, moe):
-        super().__init__()
-        self.moe = moe
-
-    def build(self, shape):
-        self.moe.build(shape)
-
+class Branch(InAnother):
     def call(self, x, training=None):
         return ops.cond(ops.sum(x) > 0, lambda: self.moe(x, training=training), lambda: x)
 
@@ -155,20 +158,6 @@ def test_a_single_weight_of_zero_keeps_the_order_of_the_losses():
     layer(examples(), training=True)
     importance, load = layer.losses
     assert importance == 0.0 and load > 0.0
-
-
-class InAnother(keras.layers.Layer):
-    """A layer of a user's own around a mixture."""
-
-    def __init__(self, moe):
-        super().__init__()
-        self.moe = moe
-
-    def build(self, shape):
-        self.moe.build(shape)
-
-    def call(self, x, training=None):
-        return self.moe(x, training=training)
 
 
 @pytest.mark.parametrize("around", [lambda moe: moe, InAnother], ids=["alone", "in another layer"])
