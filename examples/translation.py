@@ -95,9 +95,11 @@ def parse_arguments(arguments=None):
 def main(args):
     """Does all that the script does and returns the rows of the table of each pair."""
     start = time.time()
-    versions.check_target(args.export)  # Now, not after minutes of training.
+    # All of these refuse now, not after minutes of training.
+    versions.check_target(args.export)
+    make_optimizer(args)
     for preset in args.presets:
-        make_model(preset, 1, args)  # Refuses what there isn't.
+        make_model(preset, 1, args)
     data, pieces = read_pairs(args)
 
     heading("Training")

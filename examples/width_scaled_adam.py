@@ -31,9 +31,8 @@ class WidthScaledAdam(keras.optimizers.Adam):
         self.full_rate_inputs = full_rate_inputs
 
     def build(self, variables):
-        if not self.built:
-            self._shares = [self._share(variable) for variable in variables]
         super().build(variables)
+        self._shares = [self._share(variable) for variable in variables]
 
     def _share(self, variable):
         if getattr(variable, "expert_rank", 0) < 2:  # No kernel of experts.

@@ -206,3 +206,10 @@ def test_wide_experts_may_learn_at_a_lower_rate():
     assert type(made) is keras.optimizers.Adam
     args = translation.parse_arguments(["--full-rate-inputs", "256"])
     assert translation.make_optimizer(args).full_rate_inputs == 256
+
+
+def test_a_wrong_number_of_inputs_is_refused_before_the_pairs_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(translation, "read_pairs", lambda args: pytest.fail("too late"))
+    options = ["--full-rate-inputs", "-1", "--export", str(tmp_path)]
+    with pytest.raises(ValueError, match="at least 1. Received: -1"):
+        translation.main(translation.parse_arguments(options))
