@@ -1,8 +1,4 @@
-"""Training under JAX: logs, files, and the same course as under TensorFlow."""
-
-import os
-import subprocess
-import sys
+"""Training under JAX: logs and files; the same course as under TensorFlow in `test_files.py`."""
 
 import keras
 import numpy as np
@@ -13,42 +9,6 @@ from helpers import CROSS_ENTROPY, language_model, next_words
 import keras_moe
 from keras_moe import NoisyTopKGating, SparseMoE
 from keras_moe.models import LanguageModel
-
-STEPS = 6
-# Without noise, of which every backend draws another.
-UNDER_TENSORFLOW = f"""
-import sys, numpy as np
-from helpers import CROSS_ENTROPY, language_model, next_words
-from keras_moe import NoisyTopKGating, SparseMoE
-from keras_moe.optimizers import FactoredAdam
-
-moe = SparseMoE(8, 16, gating=NoisyTopKGating(8, 2, noise=False), name="moe")
-model, (x, y) = language_model(moe=moe), next_words()
-model.compile(FactoredAdam(0.01), CROSS_ENTROPY)
-losses = []
-for step in range(2 * {STEPS}):
-    if step == {STEPS}:
-        model.save(sys.argv[1])
-    history = model.fit(x, y, batch_size=len(x), verbose=0).history
-    losses += history["loss"]
-np.save(sys.argv[2], losses)
-"""
-
-
-def test_training_goes_on_from_a_file_of_tensorflow_as_if_never_stopped(tmp_path):
-    model_file, loss_file = str(tmp_path / "model.keras"), str(tmp_path / "losses.npy")
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    path = [os.getcwd(), os.path.join(os.getcwd(), "tests"), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path)
-    environment["XLA_FLAGS"] = ""  # TensorFlow doesn't know all of JAX's.
-    command = [sys.executable, "-c", UNDER_TENSORFLOW, model_file, loss_file]
-    subprocess.run(command, env=environment, check=True)
-    expected = np.load(loss_file)
-    assert expected[-1] < expected[0]
-
-    model, (x, y) = keras.models.load_model(model_file), next_words()  # slots included
-    received = model.fit(x, y, batch_size=len(x), epochs=STEPS, shuffle=False, verbose=0)
-    np.testing.assert_allclose(received.history["loss"], expected[STEPS:], rtol=1e-4)
 
 
 def test_single_steps_do_not_tell_a_balance_from_before_them():
