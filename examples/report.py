@@ -1,5 +1,6 @@
 """What the language-model examples show: progress, table, pictures."""
 
+import re
 import time
 
 import keras
@@ -39,13 +40,10 @@ class Progress(keras.callbacks.Callback):
         perplexities = "  ".join(
             f"{name} {logs[f'{prefix}{name}/perplexity']:6.1f}" for name in self.names
         )
-        # Of its mixture, or of those whose names begin with its own, as in a translation model.
-        first = tuple(f"{prefix}{self.names[0]}{end}" for end in "/_")
-        loads = [
-            f"{load:.2f}"
-            for name, load in logs.items()
-            if name.startswith(first) and name.endswith("/max_over_mean_load")
-        ]
+        # Of its one mixture, or of a translation model's two, named: Keras sorts its logs.
+        key = re.compile(rf"{prefix}{re.escape(self.names[0])}(?:_(\w+)_moe)?/max_over_mean_load")
+        found = [(key.fullmatch(name), load) for name, load in logs.items()]
+        loads = [f"{match[1] or ''} {load:.2f}".strip() for match, load in found if match]
         print(
             f"{time.time() - self.start:4.0f} s  step {self.step:5,}/{self.steps:,}  {part}  "
             f"{perplexities}" + (f"  max/mean load {', '.join(loads)}" if loads else ""),

@@ -10,8 +10,8 @@ import report
         ({}, "MoE-3   12.0  MoE-32    5.0\n"),
         ({"MoE-3": 1.5, "MoE-32": 2.5}, "MoE-32    5.0  max/mean load 1.50\n"),
         (
-            {"MoE-3_encoder_moe": 1.25, "MoE-3_decoder_moe": 8.0, "MoE-32_encoder_moe": 2.5},
-            "MoE-32    5.0  max/mean load 1.25, 8.00\n",
+            {"MoE-3_decoder_moe": 8.0, "MoE-3_encoder_moe": 1.25, "MoE-32_encoder_moe": 2.5},
+            "MoE-32    5.0  max/mean load decoder 8.00, encoder 1.25\n",
         ),
     ],
     ids=["no mixtures", "one", "encoder and decoder"],
