@@ -40,10 +40,15 @@ class Progress(keras.callbacks.Callback):
         perplexities = "  ".join(
             f"{name} {logs[f'{prefix}{name}/perplexity']:6.1f}" for name in self.names
         )
-        # Of its one mixture, or of a translation model's two, named: Keras sorts its logs.
-        key = re.compile(rf"{prefix}{re.escape(self.names[0])}(?:_(\w+)_moe)?/max_over_mean_load")
+        # Of its mixture, or of those whose names begin with its own, each by what its name adds, as
+        # Keras sorts its logs: in a translation model the decoder's comes first.
+        key = re.compile(rf"{prefix}{re.escape(self.names[0])}(?:_([^/]+))?/max_over_mean_load")
         found = [(key.fullmatch(name), load) for name, load in logs.items()]
-        loads = [f"{match[1] or ''} {load:.2f}".strip() for match, load in found if match]
+        loads = [
+            f"{match[1]}: {load:.2f}" if match[1] else f"{load:.2f}"
+            for match, load in found
+            if match
+        ]
         print(
             f"{time.time() - self.start:4.0f} s  step {self.step:5,}/{self.steps:,}  {part}  "
             f"{perplexities}" + (f"  max/mean load {', '.join(loads)}" if loads else ""),

@@ -11,10 +11,11 @@ import report
         ({"MoE-3": 1.5, "MoE-32": 2.5}, "MoE-32    5.0  max/mean load 1.50\n"),
         (
             {"MoE-3_decoder_moe": 8.0, "MoE-3_encoder_moe": 1.25, "MoE-32_encoder_moe": 2.5},
-            "MoE-32    5.0  max/mean load decoder 8.00, encoder 1.25\n",
+            "MoE-32    5.0  max/mean load decoder_moe: 8.00, encoder_moe: 1.25\n",
         ),
+        ({"MoE-3_1": 1.5, "MoE-3_11": 2.0}, "MoE-32    5.0  max/mean load 1: 1.50, 11: 2.00\n"),
     ],
-    ids=["no mixtures", "one", "encoder and decoder"],
+    ids=["no mixtures", "one", "encoder and decoder", "blocks"],
 )
 def test_progress_shows_the_loads_of_the_first_model(capsys, loads, printed):
     progress = report.Progress(["MoE-3", "MoE-32"], steps=100)
